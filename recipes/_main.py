@@ -1,0 +1,115 @@
+"""How a recipe ends: every ending of a Hydra program as one of the contract's exit codes.
+
+Lives beside the recipes because Hydra does. A recipe ends with ``if __name__ == "__main__": exit_with(main)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+# Python puts the script's folder first on the path, where recipes/evaluate.py would hide the package `evaluate`.
+_HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE] + [_HERE]
+# Hydra would print its own text and exit with 1; here the exception itself is wanted.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llamita import runs
+
+T = TypeVar("T")
+_made_by_hydra: list[Path] = []
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+
+
+def store(name: str, schema: type[Any]) -> None:
+    """Give a schema to Hydra so that its mappings take any name: ``models.small.path=…``, without a plus sign.
+
+    Hydra fills a mapping of dataclasses key by key, which OmegaConf refuses before the entry exists. So entries are
+    free while the command line is read; :func:`settings` holds them to the schema afterwards.
+    """
+    hints = typing.get_type_hints(schema)
+    open_fields = [f for f in dataclasses.fields(schema) if typing.get_origin(hints[f.name]) is dict]
+    names = {f.name for f in open_fields}
+    fields = [(f.name, dict[str, Any] if f.name in names else hints[f.name], f) for f in dataclasses.fields(schema)]
+    node = OmegaConf.structured(dataclasses.make_dataclass(schema.__name__, fields, kw_only=True))
+    for field in open_fields:
+        OmegaConf.set_struct(node[field.name], False)
+    ConfigStore.instance().store(name, node)
+
+
+def settings(cfg: DictConfig, schema: type[T]) -> T:
+    """The typed settings of a composed configuration; nothing after this has heard of Hydra."""
+    if HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        _made_by_hydra.append(Path(HydraConfig.get().runtime.output_dir))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
+    assert isinstance(config, schema)
+    return config
+
+
+def exit_with(main: Callable[[], Any]) -> NoReturn:
+    """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
+    _tell(1)  # stands if this process dies without a word
+    try:
+        main()
+    except runs.Stopped as stopped:
+        _say(str(stopped))
+        _leave(runs.EXIT_REQUEUE)
+    except (ValueError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
+        if os.environ.get("LLAMITA_TRACEBACK"):
+            raise
+        _say(f"error: {_message(error)}")
+        _remove_empty_directory()
+        _leave(runs.EXIT_USER)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        _say(f"error: cannot use {error.filename or ''}: {error.strerror}; nothing that was finished is lost")
+        _leave(runs.EXIT_USER)
+    _leave(runs.EXIT_DONE)
+
+
+def _remove_empty_directory() -> None:
+    """Hydra makes ``out`` before any setting is looked at."""
+    for folder in _made_by_hydra:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _leave(code: int) -> NoReturn:
+    _tell(code)
+    sys.exit(code)
+
+
+def _tell(code: int) -> None:
+    """Tell the batch script this rank's exit code: torchrun and accelerate turn every failure into 1."""
+    if folder := os.environ.get("LLAMITA_EXIT_DIR"):
+        with contextlib.suppress(OSError):
+            Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n")
+
+
+def _message(error: BaseException) -> str:
+    """The message, with the innermost cause where a library wrapped it."""
+    text = str(error).strip()
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text:
+        text += f"\n  because: {str(cause).strip()}"
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,443 @@
+"""What each recipe's settings mean in bytes, operations and directories, and what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import _compose
+from llamita import checkpoints, checks, estimate, runs
+from llamita.data import shards, sources
+from llamita.distill import loop, student
+from llamita.prune import plan as pruning
+from llamita.shapes import PUBLISHED, LlamaShape
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed data as far as a plan needs to know it."""
+
+    sequence_length: int
+    vocab_size: int
+    """0 where it is not known."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """By split."""
+    tokenizer_hash: str | None = None
+
+
+@dataclass
+class World:
+    """What exists, or will exist because an earlier stage of the same pipeline makes it."""
+
+    hardware: estimate.Device
+    num_gpus: int | None
+    """As asked for; unset: see :attr:`processes`."""
+    sequence_length: int
+    """Assumed where the data does not exist."""
+    made: dict[Path, LlamaShape | Rows | None] = field(default_factory=dict)
+
+    stage_processes: int | None = None
+    """What the pipeline says about the stage at hand."""
+
+    @property
+    def processes(self) -> int:
+        """Of a stage that trains."""
+        return self.num_gpus or self.stage_processes or (8 if self.hardware.is_gpu else 1)
+
+    def model(self, setting: str, path: Path, outlook: Outlook, *, needs_tokenizer: bool = True) -> LlamaShape | None:
+        """The shape of a model; what is wrong with it goes to ``outlook``."""
+        if isinstance(shape := self.made.get(_normal(path)), LlamaShape):
+            return shape
+        outlook.mistakes += checks.model(setting, path, needs_tokenizer=needs_tokenizer)
+        shape = checks.model_shape(path)
+        if shape is not None and not (path.is_dir() and checks.has_weights(path)):
+            outlook.notes.append(f"{setting}={path} has no weights here: the recipe will need a directory with them")
+        return shape
+
+    def rows(self, setting: str, path: Path, outlook: Outlook) -> Rows:
+        """The data; where there is none, a row length is assumed."""
+        if isinstance(rows := self.made.get(_normal(path)), Rows):
+            return rows
+        problems = checks.errors_of(lambda: shards.PackedData.open(path))
+        outlook.mistakes += [problem if setting in problem else f"{setting}: {problem}" for problem in problems]
+        if problems:
+            outlook.notes.append(f"{setting} cannot be read: rows of {self.sequence_length} tokens are assumed")
+            return Rows(self.sequence_length, 0)
+        data = shards.PackedData.open(path)
+        rows_by_split = {name: entry["rows"] for name, entry in data.manifest["splits"].items()}
+        return Rows(data.sequence_length, data.vocab_size, rows_by_split, data.tokenizer_hash)
+
+
+def _normal(path: Path) -> Path:
+    return Path(os.path.normpath(path.absolute()))
+
+
+@dataclass
+class Outlook:
+    """What a stage will take."""
+
+    name: str
+    recipe: str
+    out: Path
+    processes: int = 1
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    """Bytes per process."""
+    flops: dict[str, float] = field(default_factory=dict)
+    read_bytes: float = 0.0
+    disk: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+    may_change: tuple[str, ...] = ()
+    makes: LlamaShape | Rows | None = None
+    on_accelerator: bool = True
+
+
+def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = None) -> tuple[list[Outlook], list[str]]:
+    """The outlook of a recipe's stages (a pipeline has several), and every mistake that can be seen beforehand."""
+    config, mistakes = _compose.composed(recipe, overrides)
+    mistakes = checks.secrets_in(dict(override.partition("=")[::2] for override in overrides)) + mistakes
+    if config is None:
+        return [], list(map(checks.redacted, mistakes))
+    if recipe == "pipeline":
+        return _pipeline(config, world, mistakes)
+    outlook = Outlook(name or config.out.name, recipe, config.out)
+    match recipe:
+        case "prepare":
+            _prepare(config, outlook)
+        case "prune":
+            _prune(config, world, outlook)
+        case "distill":
+            _distill(config, world, outlook)
+        case "evaluate":
+            _evaluate(config, world, outlook)
+        case "report":
+            _report(config, world, outlook)
+        case _:
+            raise AssertionError(recipe)
+    _common(config, world, outlook)
+    world.made[_normal(config.out)] = outlook.makes
+    # What follows from a setting that was not given has been said once.
+    mistakes += [mistake for mistake in outlook.mistakes if _compose.UNSET not in mistake]
+    return [outlook], list(dict.fromkeys(map(checks.redacted, mistakes)))
+
+
+def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outlook], list[str]]:
+    """Every stage in order; what one makes, the next may read."""
+    outlooks: list[Outlook] = []
+    for name in _compose.load("pipeline").in_order(config.stages):
+        stage = config.stages[name]
+        launcher: Any = getattr(config, "launcher", None)
+        on_slurm = launcher is not None and launcher.kind == "slurm"
+        world.stage_processes = launcher.nodes * max(1, launcher.gpus_per_node) if on_slurm else stage.processes
+        found, wrong = of(stage.recipe, [*stage.overrides, f"out={config.out / name}"], world, name)
+        outlooks += found
+        mistakes += [f"stage {name}: {mistake}" for mistake in wrong]
+    return outlooks, mistakes
+
+
+def _common(config: Any, world: World, outlook: Outlook) -> None:
+    """What is checked for every recipe."""
+    settings = runs.plain(config)
+    outlook.mistakes += checks.secrets_in(settings)
+    outlook.mistakes += checks.names({"the last part of out": config.out.absolute().name})
+    outlook.mistakes += checks.names({"run.project": config.run.project})
+    outlook.mistakes += checks.errors_of(
+        lambda: runs.check_out(config.out, outlook.recipe, settings, may_change=outlook.may_change)
+    )
+    outlook.mistakes += checks.space(config.out, sum(outlook.disk.values()), estimate.amount)
+    device = world.hardware if outlook.on_accelerator else estimate.device(estimate.Hardware.cpu)
+    needed = sum(outlook.memory.values())
+    outlook.mistakes += checks.memory(needed, device.name, device.memory_bytes, estimate.amount)
+
+
+def _prepare(config: Any, outlook: Outlook) -> None:
+    found = []
+    for name, source in (config.sources or {"source": config.source}).items():
+        outlook.mistakes += checks.names({"sources": name})
+        try:
+            found.append(sources.resolve(name, source))
+        except ValueError as error:
+            outlook.mistakes.append(str(error))
+    if config.tokenizer.path is not None:
+        if _is_only_a_name(config.tokenizer.path):
+            outlook.notes.append(
+                f"tokenizer.path={config.tokenizer.path} is no directory: the recipe will need one with tokenizer.json"
+            )
+        else:
+            outlook.mistakes += _tokenizer("tokenizer.path", config.tokenizer.path)
+    outlook.read_bytes = float(sum(file.stat().st_size for source in found for file in source.files))
+    tokens = outlook.read_bytes / 4
+    if config.max_tokens is not None:
+        tokens = min(tokens, config.max_tokens)
+    outlook.notes.append("4 bytes of text per token are assumed, compressed files counted as they lie")
+    outlook.disk = {"documents, read once": outlook.read_bytes, "tokens, before and after packing": 8 * tokens}
+    outlook.on_accelerator = False
+    outlook.may_change = ("num_proc",)
+    rows, held = tokens / config.sequence_length, config.validation.fraction
+    outlook.makes = Rows(
+        config.sequence_length,
+        _vocabulary(config.tokenizer),
+        {"train": int(rows * (1 - held)), "validation": int(rows * held)},
+    )
+
+
+def _vocabulary(tokenizer: Any) -> int:
+    if tokenizer.path is None:
+        return int(tokenizer.vocab_size)
+    return PUBLISHED[str(tokenizer.path)].vocab_size if _is_only_a_name(tokenizer.path) else 0
+
+
+def _is_only_a_name(path: Path) -> bool:
+    """Whether this is a published model's name on the hub, and no directory."""
+    return str(path) in PUBLISHED and not path.is_dir()
+
+
+def _tokenizer(setting: str, path: Path) -> list[str]:
+    if not (path / "tokenizer.json").is_file():
+        return [f"{setting}={path} has no tokenizer.json"]
+    return [f"{setting}: {problem}" for problem in checks.errors_of(lambda: checkpoints.load_tokenizer(path))]
+
+
+def _prune(config: Any, world: World, outlook: Outlook) -> None:
+    source = world.model("model.path", config.model.path, outlook, needs_tokenizer=False)
+    rows = None
+    if config.calibration.path is not None:
+        rows = world.rows("calibration.path", config.calibration.path, outlook)
+    if source is None:
+        return
+    outlook.mistakes += _same_tokens("model.path", config.model.path, source, "calibration.path", rows)
+    target, mistakes = _target(source, config.target)
+    outlook.mistakes += mistakes + _wanted(source, target, config, world)
+    outlook.parameters = {"before": source.num_parameters, "after": target.num_parameters}
+    stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
+    compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored
+    tokens = 0
+    if rows is not None:
+        there = rows.rows.get(config.calibration.split, config.calibration.tokens)
+        tokens = min(config.calibration.tokens, there * rows.sequence_length)
+        context = min(rows.sequence_length, config.calibration.tokens) / 2
+        outlook.flops = {
+            "calibration, forward": tokens * source.forward_flops_per_token(context),
+            "loss afterwards, forward": tokens * target.forward_flops_per_token(context),
+        }
+    outlook.memory = estimate.prune_memory(
+        source,
+        target,
+        tokens=tokens,
+        batch_tokens=min(tokens, config.calibration.batch_rows * (rows.sequence_length if rows else 0)),
+        stored_bytes=stored,
+        compute_bytes=compute,
+        shard_bytes=checkpoints.SHARD_BYTES,
+    )
+    # Once for the scores, once for surgery, once more for the content hash.
+    outlook.read_bytes = 3.0 * stored * source.num_parameters
+    outlook.disk = {"model": float(stored * target.num_parameters)}
+    outlook.on_accelerator = False
+    outlook.makes = target
+
+
+def _target(source: LlamaShape, target: Any) -> tuple[LlamaShape, list[str]]:
+    """The shape that is asked for and every mistake in it; a field that is wrong is left as in the source."""
+    mistakes: list[str] = []
+    while True:
+        try:
+            return pruning.target_shape(source, target), mistakes
+        except ValueError as error:
+            mistakes.append(str(error))
+            named = re.search(r"target\.(\w+)", str(error))
+            if named is None or getattr(target, named[1]) is None:
+                return source, mistakes
+            target = dataclasses.replace(target, **{named[1]: None})
+
+
+def _wanted(source: LlamaShape, target: LlamaShape, config: Any, world: World) -> list[str]:
+    """What the plan of units lacks: text, or a model with the rotary scaling that is asked for."""
+    path, has_text, mistakes = config.scores.path, True, []
+    if path is None or _normal(path) not in world.made:
+        calibrated = config.calibration.path is not None
+        mistakes = checks.errors_of(lambda: config.scores.have_text(calibrated=calibrated))
+        has_text = bool(mistakes) or config.scores.have_text(calibrated=calibrated)
+    rope = None
+    if (config.model.path / "config.json").is_file():
+        rope = checkpoints.rope_type(checkpoints.load_config(config.model.path))
+    return mistakes + checks.errors_of(
+        lambda: pruning.check_wanted(source, target, config.target, config.scores, has_text=has_text, rope_type=rope)
+    )
+
+
+def _dtype(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        return "bfloat16"
+    config = runs.read_json(path / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
+def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: Rows | None) -> list[str]:
+    """Whether the data's ids mean the same to the model."""
+    if rows is None:
+        return []
+    if rows.vocab_size > shape.vocab_size:
+        return [f"{data} has {rows.vocab_size} token ids, {setting}={path} only {shape.vocab_size}"]
+    if rows.tokenizer_hash is None or not (path / "tokenizer.json").is_file():
+        return []
+    mine = checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
+    if mine == rows.tokenizer_hash:
+        return []
+    return [
+        f"{data} was made with another tokenizer ({rows.tokenizer_hash[:12]}) than that of {setting}={path} "
+        f"({mine[:12]}): prepare the data again with tokenizer.path={path}"
+    ]
+
+
+def _distill(config: Any, world: World, outlook: Outlook) -> None:
+    rows = world.rows("data.path", config.data.path, outlook)
+    student = _student(config, rows, world, outlook)
+    paths = {"student": config.student.path} if config.student.path else {}
+    shapes = {"student": student}
+    for name, teacher in config.teachers.items():
+        outlook.mistakes += checks.names({"teachers": name})
+        if name == "student":
+            outlook.mistakes.append("teachers.student: a teacher must not have the name of the student")
+        paths[name] = teacher.path
+        shapes[name] = world.model(f"teachers.{name}.path", teacher.path, outlook)
+    _agree(paths, shapes, rows, outlook)
+    outlook.mistakes += checks.division(config.global_batch_rows, config.micro_batch_rows, world.processes)
+    if student is None:
+        return
+    half = config.precision == "bfloat16" or (config.precision == "auto" and world.hardware.is_gpu)
+    stage = config.deepspeed.stage
+    precision = estimate.Precision.float32
+    if half:
+        precision = estimate.Precision.bfloat16 if stage else estimate.Precision.autocast
+    mebibytes = config.loss.chunk_mebibytes or (1024 if world.hardware.is_gpu else 8)
+    training = estimate.Training(
+        student=student,
+        teachers=[
+            estimate.Teacher(name=name, shape=shape, bytes_per_value=2 if half else 4)
+            for name, shape in shapes.items()
+            if shape is not None and name != "student"
+        ],
+        precision=precision,
+        zero_stage=stage,
+        processes=world.processes,
+        micro_batch_rows=config.micro_batch_rows,
+        rows_per_step=config.global_batch_rows,
+        sequence_length=rows.sequence_length,
+        steps=config.steps,
+        packed=config.attention != "flash_attention_2",
+        recompute=config.activation_checkpointing,
+        chunk_bytes=mebibytes * 2**20,
+        kept_checkpoints=max(2, config.keep_checkpoints),
+    )
+    outlook.processes = world.processes
+    outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items() if shape is not None}
+    outlook.memory = estimate.training_memory(training)
+    if not world.hardware.is_gpu:
+        outlook.memory = {"Python and its libraries": estimate.PYTHON_BYTES} | outlook.memory
+    outlook.flops = estimate.training_flops(training)
+    times = 2 + (config.steps - 1) // config.validation_every if config.validation_every else 2
+    forward = sum(shape.forward_flops_per_token(rows.sequence_length / 2) for shape in shapes.values() if shape)
+    held_out = min(config.validation_rows, rows.rows.get("validation", config.validation_rows))
+    outlook.flops["validation, forward"] = times * held_out * rows.sequence_length * forward
+    outlook.read_bytes = float(sum(2 * shape.num_parameters for shape in shapes.values() if shape))
+    outlook.disk = estimate.training_disk(training, saved_bytes_per_value=2 if half else 4)
+    outlook.may_change = loop.MAY_CHANGE
+    outlook.makes = student
+    tokens = config.steps * config.global_batch_rows * rows.sequence_length
+    text = f"{tokens:,} tokens in {config.steps:,} steps"
+    if there := rows.rows.get("train"):
+        text += f", {config.steps * config.global_batch_rows / there:.3g} times the data"
+    outlook.notes.append(text)
+
+
+def _student(config: Any, rows: Rows, world: World, outlook: Outlook) -> LlamaShape | None:
+    wanted = config.student
+    if wanted.path is not None:
+        most = wanted.shape.max_position_embeddings
+        if (wanted.path / "config.json").is_file():
+            most = runs.read_json(wanted.path / "config.json").get("max_position_embeddings", most)
+        outlook.mistakes += checks.positions(rows.sequence_length, f"student.path={wanted.path}", most)
+        return world.model("student.path", wanted.path, outlook)
+    outlook.mistakes += checks.positions(rows.sequence_length, "student.shape", wanted.shape.max_position_embeddings)
+    sizes = {name: getattr(wanted.shape, name) for name in student.SIZES}
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // max(1, sizes["num_attention_heads"])
+    vocabulary = rows.vocab_size or PUBLISHED["meta-llama/Llama-3.1-8B"].vocab_size
+    try:
+        return LlamaShape(**sizes, vocab_size=vocabulary, tie_word_embeddings=wanted.shape.tie_word_embeddings)
+    except ValueError as error:
+        outlook.mistakes.append(f"student.shape: {error}")
+        return None
+
+
+def _agree(paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], rows: Rows, outlook: Outlook) -> None:
+    """One vocabulary and one tokenizer for data, student and teachers."""
+    for name, path in paths.items():
+        if (shape := shapes[name]) is not None:
+            outlook.mistakes += _same_tokens(name, path, shape, "data.path", rows)
+    sizes = {name: shape.vocab_size for name, shape in shapes.items() if shape is not None}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        outlook.mistakes.append(f"student and teachers must have the same vocabulary, got {listed}")
+    for name, shape in shapes.items():
+        if shape is not None and shape.output_rows is not None:
+            outlook.mistakes.append(f"{name} has {shape.output_rows} output rows: it is no language model any more")
+    hashes = {
+        name: checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
+        for name, path in paths.items()
+        if (path / "tokenizer.json").is_file() and not _tokenizer(name, path)
+    }
+    if rows.tokenizer_hash is None and len(set(hashes.values())) > 1:
+        listed = ", ".join(f"{name} {digest[:12]}" for name, digest in hashes.items())
+        outlook.mistakes.append(f"student and teachers must have the same tokenizer, got {listed}")
+
+
+def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
+    rows = world.rows("data.path", config.data.path, outlook) if config.data.path is not None else None
+    shapes: dict[str, LlamaShape] = {}
+    for name, path in config.paths().items():
+        outlook.mistakes += checks.names({"models": name})
+        setting = f"models.{name}.path" if name in config.models else f"{name}.path"
+        if (shape := world.model(setting, path, outlook, needs_tokenizer=bool(config.tasks))) is not None:
+            shapes[name] = shape
+            outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows)
+    sizes = {name: shape.vocab_size for name, shape in shapes.items()}
+    if "teacher" in shapes and len(set(sizes.values())) > 1:
+        outlook.mistakes.append(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
+    outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items()}
+    if not shapes:
+        return
+    value = DTYPE_BYTES[config.dtype] if config.dtype else 2
+    outlook.memory = {"largest model": value * float(max(outlook.parameters.values()))}
+    if "teacher" in shapes and len(shapes) > 1:
+        outlook.memory["teacher"] = value * float(outlook.parameters["teacher"])
+    if rows is not None:
+        there = rows.rows.get(config.data.split, 0)
+        tokens = rows.sequence_length * (min(config.data.max_rows, there) if config.data.max_rows else there)
+        for name, shape in shapes.items():
+            passes = 1 if name != "teacher" else len(shapes)
+            outlook.flops[f"{name}, forward"] = (
+                passes * tokens * shape.forward_flops_per_token(rows.sequence_length / 2)
+            )
+    if config.tasks:
+        outlook.notes.append("the time of lm-eval tasks is not counted")
+    outlook.read_bytes = 2.0 * value * sum(outlook.parameters.values())
+
+
+def _report(config: Any, world: World, outlook: Outlook) -> None:
+    outlook.on_accelerator = False
+    for name, path in config.runs.items():
+        outlook.mistakes += checks.names({"runs": name})
+        if _normal(path) in world.made:
+            continue
+        if not path.is_dir():
+            outlook.mistakes.append(f"runs.{name}={path} does not exist")
+        elif problems := checks.unfinished(f"runs.{name}", path):
+            outlook.notes += problems

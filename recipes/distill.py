@@ -1,0 +1,198 @@
+"""Train a student on its teachers' next-token distributions; without a teacher, on the data alone.
+
+python recipes/distill.py student.path=… teachers.big.path=… data.path=… steps=1000 out=…
+torchrun --nproc-per-node 8 recipes/distill.py … deepspeed=zero2
+"""
+
+from __future__ import annotations
+
+from _main import CONFIGS, exit_with, settings, store  # isort: skip
+
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import MISSING, DictConfig
+from transformers import LlamaConfig
+
+from llamita import checkpoints, runs
+from llamita.data import loader
+from llamita.data.shards import PackedData
+from llamita.distill import engines, loop, losses, optim, state, student, teachers
+from llamita.evaluate import token_bytes
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """A model directory to learn from."""
+
+    path: Path = MISSING
+    weight: float = 1.0
+    """Its share in the mixture; shares are divided by their sum."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"teachers.<name>.weight must be > 0, got {self.weight}")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """A directory that ``prepare`` wrote."""
+
+    path: Path = MISSING
+
+
+@dataclass(kw_only=True)
+class Distill(loop.LoopConfig):
+    """Everything that this recipe can be told."""
+
+    student: student.StudentConfig = field(default_factory=student.StudentConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: losses.LossConfig = field(default_factory=losses.LossConfig)
+    optim: optim.OptimConfig = field(default_factory=optim.OptimConfig)
+    deepspeed: engines.DeepSpeedConfig = field(default_factory=engines.DeepSpeedConfig)
+    run: runs.RunConfig = field(default_factory=runs.RunConfig)
+    out: Path = MISSING
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what cannot be meant."""
+        super().__post_init__()
+        self.student.check()
+
+
+log = logging.getLogger(__name__)
+store("distill_schema", Distill)
+
+
+def run(config: Distill) -> None:
+    """Train, or go on training, in ``config.out``, and publish the student at its root."""
+    if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
+        check(config)
+    with runs.start(config.out, "distill", runs.plain(config), config.run, may_change=loop.MAY_CHANGE) as this:
+        if not this.done:
+            train(config, this)
+        if runs.is_main_process():
+            state.prune(this.path / "checkpoints", config.keep_checkpoints)
+
+
+def models(config: Distill) -> dict[str, Path]:
+    """The model directories that the run reads, by name."""
+    found = {"student": config.student.path} if config.student.path else {}
+    return found | {name: teacher.path for name, teacher in config.teachers.items()}
+
+
+def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
+    """The data and the student's configuration; no weight is read.
+
+    Raises:
+        ValueError: data, student and teachers do not go together.
+    """
+    engines.check_launch(config, config.deepspeed)
+    data = PackedData.open(config.data.path)
+    data.split("train")
+    if config.validation_rows and not data.manifest["splits"].get("validation", {}).get("rows"):
+        raise ValueError(
+            f"data.path={config.data.path} has no held-out rows: validation_rows=0 trains without, "
+            f"got {config.validation_rows}"
+        )
+    if "student" in config.teachers:
+        raise ValueError("teachers.student: a teacher must not have the name of the student")
+    for name, path in models(config).items():
+        teachers.check_model(name, path, data.sequence_length)
+    teachers.check_vocabularies(
+        teachers.Vocabulary(data.vocab_size, data.tokenizer_hash, f"data.path={config.data.path}"),
+        [teachers.Vocabulary.of_model(path, name) for name, path in models(config).items()],
+        student_size=None if config.student.path else data.vocab_size,
+    )
+    llama = student.llama_config(
+        config.student,
+        vocab_size=data.vocab_size,
+        tokenizer_path=data.tokenizer_path,
+        sequence_length=data.sequence_length,
+    )
+    config.micro_batches(engines.world_size())
+    return data, llama
+
+
+def train(config: Distill, this: runs.Run) -> None:
+    """The run itself: load, train, publish."""
+    data, llama = check(config)
+    accelerator = engines.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
+    main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
+    parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
+    model = student.load(
+        config.student,
+        llama,
+        seed=config.run.seed,
+        attention=config.attention,
+        # DeepSpeed itself brings to the device what stays there.
+        device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
+    )
+    engine = engines.build(accelerator, model, config.loss, config.optim, config)
+    split = data.split("train")
+    job = loop.Trainer(
+        accelerator=accelerator,
+        engine=engine,
+        teachers=[
+            teachers.ResidentTeacher.load(
+                name, t.path, t.weight, dtype=dtype, device=accelerator.device, attention=config.attention
+            )
+            for name, t in config.teachers.items()
+        ],
+        source=loader.Loader(
+            split,
+            seed=config.run.seed,
+            global_batch_rows=config.global_batch_rows,
+            micro_batch_rows=config.micro_batch_rows,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        ),
+        config=config,
+        optim=config.optim,
+        run=this,
+        validation=held_out(config, data),
+        rows_per_epoch=len(split),
+        parents=parents,
+    )
+    metrics = job.train()
+    hashes = parents | {"data": data.content_hash}
+    paths = {**models(config), "data": config.data.path}
+    provenance = {
+        "recipe": "distill",
+        "parents": {name: {"path": str(paths[name]), "sha256": sha256} for name, sha256 in hashes.items()},
+        "settings": this.settings,
+        "metrics": metrics,
+    }
+    source = config.student.path or data.tokenizer_path
+    files = student.publish(engine, llama, this.path, main=main, source=source, dtype=dtype, provenance=provenance)
+    this.finish(files, parents=hashes, summary=metrics)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def held_out(config: Distill, data: PackedData) -> loop.Validation:
+    """The first rows of the held-out documents; bits per byte where the tokenizer's tokens are bytes."""
+    if config.validation_rows == 0:
+        return loop.Validation()
+    batches = loader.sequential(
+        data.split("validation"), batch_rows=config.micro_batch_rows, max_rows=config.validation_rows
+    )
+    table: torch.Tensor | None = None
+    try:
+        table = token_bytes(checkpoints.load_tokenizer(data.tokenizer_path))
+    except ValueError as reason:
+        log.info("no bits per byte: %s", reason)
+    return loop.Validation(sets={"held_out": list(batches)}, token_bytes=table)
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="distill")
+def main(cfg: DictConfig) -> None:
+    run(settings(cfg, Distill))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,200 @@
+"""Measure models on held-out rows, against a teacher, and on lm-eval tasks.
+
+python recipes/evaluate.py models.pruned.path=pruned models.distilled.path=distilled teacher.path=llama data.path=data \
+    tasks=[llamita_python_cloze] out=evaluation
+"""
+
+from __future__ import annotations
+
+from _main import CONFIGS, exit_with, settings, store  # isort: skip
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from accelerate import PartialState
+from omegaconf import MISSING, DictConfig
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from llamita import checkpoints, evaluate, runs
+from llamita.data import loader, shards
+
+FILE = "evaluation.json"
+TASKS = Path(__file__).resolve().parent.parent / "tasks"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A model directory."""
+
+    path: Path | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The held-out rows."""
+
+    path: Path | None = None
+    """A directory of ``recipes/prepare.py``; unset: tasks only."""
+    split: str = "validation"
+    batch_rows: int = 8
+    max_rows: int | None = None
+    """Unset: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "max_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Everything that this recipe can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """One model, which is then called ``model``; or else ``models``."""
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    """Several models by name; differences between all of them are paired by row."""
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    """Measured too; the others' KL and top-1 agreement are with it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: list[str] = field(default_factory=list)
+    """Names of lm-eval tasks."""
+    task_path: Path = TASKS
+    """Folder of task files beside lm-eval's own."""
+    task: evaluate.TaskConfig = field(default_factory=evaluate.TaskConfig)
+    dtype: str | None = None
+    """Of weights and forward pass; unset: as the weights are stored."""
+    device: str = "auto"
+    """``auto`` takes this process's GPU where there is one."""
+    run: runs.RunConfig = field(default_factory=runs.RunConfig)
+    out: Path = MISSING
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what cannot be meant."""
+        if bool(self.models) == (self.model.path is not None):
+            raise ValueError("give either model.path= (one model) or models.NAME.path= (several)")
+        if missing := [name for name, model in self.models.items() if model.path is None]:
+            raise ValueError(f"models.{missing[0]}.path is not set")
+        if "teacher" in self.models and self.teacher.path is not None:
+            raise ValueError("models.teacher is the name of teacher.path: give it one of the two")
+        if self.data.path is None and not self.tasks:
+            raise ValueError("nothing to measure: set data.path=, tasks=, or both")
+        if self.dtype is not None:
+            checkpoints.dtype_named(self.dtype)
+
+    def paths(self) -> dict[str, Path]:
+        """Every model to measure by its name, the teacher first."""
+        named = {"teacher": self.teacher, **(self.models or {"model": self.model})}
+        return {name: model.path for name, model in named.items() if model.path is not None}
+
+
+store("evaluate_schema", Evaluate)
+
+
+class Rows:
+    """The held-out rows, checked against the models before any of these is loaded."""
+
+    def __init__(self, config: DataConfig, path: Path, models: Mapping[str, checkpoints.Weights]) -> None:
+        self.config = config
+        self.data = shards.PackedData.open(path)
+        self.split = self.data.split(config.split)
+        self.token_bytes = evaluate.token_bytes(checkpoints.load_tokenizer(path / "tokenizer"))
+        for name, weights in models.items():
+            size, wanted = weights.shape.vocab_size, self.data.vocab_size
+            if size < wanted:
+                raise ValueError(f"{name}={weights.path} has {size} token ids, data.path={path} {wanted}")
+            has = (weights.path / "tokenizer.json").is_file()
+            if has and checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != self.data.tokenizer_hash:
+                raise ValueError(f"{name}={weights.path} has another tokenizer than data.path={path}: prepare it anew")
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of the batches."""
+        state = PartialState()
+        batches = loader.sequential(self.split, batch_rows=self.config.batch_rows, max_rows=self.config.max_rows)
+        return itertools.islice(batches, state.process_index, None, state.num_processes)
+
+
+def check(config: Evaluate) -> tuple[dict[str, checkpoints.Weights], Rows | None]:
+    """Open models and rows, and find every mistake that can be found without running a model."""
+    models = {name: checkpoints.Weights(path) for name, path in config.paths().items()}
+    sizes = {name: weights.shape.vocab_size for name, weights in models.items()}
+    if "teacher" in models and len(set(sizes.values())) > 1:
+        raise ValueError(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
+    if config.tasks:
+        evaluate.task_manager(config.tasks, config.task_path)
+        if without := [name for name, w in models.items() if not (w.path / "tokenizer.json").is_file()]:
+            raise ValueError(f"tasks need the tokenizer of {without[0]}, whose directory has no tokenizer.json")
+    return models, None if config.data.path is None else Rows(config.data, config.data.path, models)
+
+
+def load(path: Path, config: Evaluate) -> LlamaForCausalLM:
+    """A model on this process's device, ready to be measured."""
+    dtype = checkpoints.dtype_named(config.dtype) if config.dtype else None
+    device = PartialState().device if config.device == "auto" else torch.device(config.device)
+    model = checkpoints.load_model(path, dtype=dtype, device=device)
+    model.train(False)
+    return model
+
+
+def run(config: Evaluate) -> None:
+    """Measure every model and the differences between them, and write ``evaluation.json``."""
+    state = evaluate.join_launch()
+    finished = (config.out / "DONE.json").is_file()
+    weights, rows = ({}, None) if finished else check(config)  # mistakes are found before anything is written
+    with runs.start(config.out, "evaluate", runs.plain(config), config.run) as run:
+        if run.done:
+            return
+        teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
+        sums: dict[str, evaluate.RowSums] = {}
+        models: dict[str, Any] = {}
+        with runs.Progress("evaluate", len(weights)) as progress:
+            for index, (name, stored) in enumerate(weights.items()):
+                itself = teacher if name == "teacher" else None
+                model = itself or load(stored.path, config)
+                values: dict[str, evaluate.Estimate] = {}
+                tasks: dict[str, dict[str, evaluate.Estimate]] = {}
+                if rows is not None:
+                    batches, other = run.until_stopped(rows.batches()), None if itself else teacher
+                    sums[name] = evaluate.measure(model, batches, rows.token_bytes, teacher=other)
+                    values = evaluate.summary(sums[name])
+                if config.tasks:
+                    tokenizer, seed = checkpoints.load_tokenizer(stored.path), config.run.seed
+                    tasks = evaluate.run_tasks(model, tokenizer, config.tasks, config.task_path, config.task, seed=seed)
+                sha256 = checkpoints.content_hash(stored.path) if state.is_main_process else ""
+                models[name] = {"path": stored.path, "sha256": sha256, "shape": stored.shape, "values": values}
+                models[name]["tasks"] = tasks
+                run.log({"model": name, **evaluate.metrics(config.data.split, values, tasks)}, step=index)
+                progress.update(index + 1, name)
+        if runs.is_main_process():
+            publish(config, run, rows, models, sums)
+
+
+def publish(
+    config: Evaluate, run: runs.Run, rows: Rows | None, models: dict[str, Any], sums: dict[str, evaluate.RowSums]
+) -> None:
+    """Write ``evaluation.json`` and finish."""
+    parents = {name: str(entry["sha256"]) for name, entry in models.items()}
+    data: dict[str, Any] = {}
+    if rows is not None:
+        parents["data"] = rows.data.content_hash
+        data = {"path": config.data.path, "content_hash": rows.data.content_hash, "split": config.data.split}
+        data |= evaluate.sizes(next(iter(sums.values())))
+    teacher = "teacher" if config.teacher.path is not None else None
+    found = {"data": data, "teacher": teacher, "models": models, "differences": evaluate.differences(sums)}
+    runs.write_json(config.out / FILE, found)
+    run.finish([FILE], parents=parents, summary={name: entry["values"] for name, entry in models.items()})
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Compose, then run."""
+    run(settings(cfg, Evaluate))
+
+
+if __name__ == "__main__":
+    exit_with(main)

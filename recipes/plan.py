@@ -1,0 +1,179 @@
+"""Say what a stage will take, and what is wrong with it, before it runs: no weights and no GPU are needed.
+
+python recipes/plan.py recipe=distill student.path=pruned data.path=data out=student hardware=h100 num_gpus=8
+"""
+
+from __future__ import annotations
+
+from _main import CONFIGS, exit_with  # isort: skip
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+import _outlook
+from _outlook import Outlook, World
+from llamita import checks, estimate, runs
+
+
+class Recipe(StrEnum):
+    """What can be planned."""
+
+    prepare = "prepare"
+    prune = "prune"
+    distill = "distill"
+    evaluate = "evaluate"
+    report = "report"
+    pipeline = "pipeline"
+
+
+class Format(StrEnum):
+    """How the plan is printed."""
+
+    table = "table"
+    json = "json"
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a plan can be told; every other override is one of the recipe's own."""
+
+    recipe: Recipe = MISSING
+    hardware: estimate.Hardware = estimate.Hardware.h100
+    num_gpus: int | None = None
+    """Processes of a stage that trains, one per GPU; unset: what the pipeline says, else 8, or 1 without a GPU."""
+    mfu: float | None = None
+    """Assumed share of the hardware's peak; unset: a usual one, named in the plan."""
+    assume_sequence_length: int = 8192
+    """Tokens per row where the data does not exist yet."""
+    format: Format = Format.table
+    save: bool = False
+    """Also write ``plan.json`` into ``out``."""
+    out: Path | None = None
+    """The recipe's ``out``."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what cannot be meant."""
+        for name in ("num_gpus", "assume_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu must be above 0 and at most 1, got {self.mfu}")
+        if self.save and self.out is None:
+            raise ValueError("save=true needs out")
+
+
+ConfigStore.instance().store("plan_schema", Plan)
+OWN = {field.name for field in dataclasses.fields(Plan)}
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the plan and those of the recipe; ``out`` belongs to both."""
+    own = [argument for argument in arguments if argument.partition("=")[0] in OWN]
+    return own, [argument for argument in arguments if argument not in own or argument.startswith("out=")]
+
+
+def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
+    """Plan, print, and return what was printed."""
+    world = World(estimate.device(config.hardware), config.num_gpus, config.assume_sequence_length)
+    stages, mistakes = _outlook.of(config.recipe, overrides, world)
+    mfu = config.mfu or world.hardware.assumed_mfu
+    plan = {
+        "recipe": config.recipe.value,
+        "overrides": [checks.redacted(override) for override in overrides],
+        "hardware": world.hardware.name,
+        "assumptions": [
+            f"{mfu:.0%} of a peak of {world.hardware.peak_flops / 1e12:,.1f} TFLOP/s is reached: assumed, not measured",
+            f"disks move {estimate.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s: assumed, not measured",
+        ],
+        "stages": [numbers(stage, world.hardware, mfu) for stage in stages],
+        "mistakes": mistakes,
+    }
+    if config.format is Format.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        show(plan)
+    if config.save and config.out is not None and not mistakes:
+        config.out.mkdir(parents=True, exist_ok=True)
+        runs.write_json(config.out / "plan.json", plan)
+    return plan
+
+
+def numbers(stage: Outlook, device: estimate.Device, mfu: float) -> dict[str, Any]:
+    """The outlook of a stage as plain values, with sums and time."""
+    flops, disk = sum(stage.flops.values()), sum(stage.disk.values())
+    hours = estimate.hours(flops, stage.processes if device.is_gpu else 1, device, mfu)
+    hours += (stage.read_bytes + disk) / estimate.DISK_BYTES_PER_SECOND / 3600
+    return {
+        "stage": stage.name,
+        "recipe": stage.recipe,
+        "processes": stage.processes,
+        "parameters": stage.parameters,
+        "memory_bytes": stage.memory | {"total": sum(stage.memory.values())},
+        "flops": stage.flops | {"total": flops},
+        "disk_bytes": stage.disk | {"total": disk},
+        "hours": hours,
+        "gpu_hours": hours * stage.processes if flops and device.is_gpu else 0.0,
+        "notes": stage.notes,
+    }
+
+
+def show(plan: dict[str, Any]) -> None:
+    """Print the plan for a reader."""
+    console = Console(highlight=False, soft_wrap=True)
+    for stage in plan["stages"]:
+        where = f"{stage['processes']} x {plan['hardware']}" if stage["processes"] > 1 else plan["hardware"]
+        table = Table(title=f"{stage['stage']}: {stage['recipe']} on {where}", title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, count in stage["parameters"].items():
+            table.add_row(f"parameters, {name}", f"{count:,}")
+        for title, group, text in (
+            ("memory of one process", "memory_bytes", estimate.amount),
+            ("operations", "flops", lambda value: f"{value:.3g} FLOP"),
+            ("disk", "disk_bytes", estimate.amount),
+        ):
+            if not stage[group]["total"]:
+                continue
+            table.add_section()
+            table.add_row(f"[bold]{title}[/bold]", "")
+            for name, value in stage[group].items():
+                table.add_row(f"  {name}", text(value))
+        table.add_section()
+        table.add_row("expected time", estimate.duration(stage["hours"]))
+        if stage["gpu_hours"]:
+            table.add_row("GPU-hours", f"{stage['gpu_hours']:,.1f}")
+        console.print(table)
+        for note in stage["notes"]:
+            console.print(f"note: {note}", markup=False)
+    for assumption in plan["assumptions"] if plan["stages"] else []:
+        console.print(f"assumed: {assumption}", markup=False)
+    for mistake in plan["mistakes"]:
+        console.print(f"mistake: {mistake}", markup=False, style="red")
+    console.print("no mistake was found" if not plan["mistakes"] else f"{len(plan['mistakes'])} mistake(s)")
+
+
+def main() -> None:
+    """Compose the plan's own settings from its overrides, leave the others to the recipe, then plan."""
+    own, overrides = split(sys.argv[1:])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = OmegaConf.to_object(compose("plan", overrides=own))
+    assert isinstance(config, Plan)
+    if run(config, overrides)["mistakes"]:
+        raise ValueError("nothing was started; correct the mistakes above and plan again")
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,1 @@
+"""Llamita: makes small Llamas out of large ones."""

@@ -1,0 +1,173 @@
+"""Mistakes that can be seen before a stage starts, each in one line that says what, which value, and what to do.
+
+Every function returns a list, empty where all is well: a plan shows all mistakes, not the first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamita import checkpoints, runs
+from llamita.shapes import PUBLISHED, LlamaShape
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})",
+    "an AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "an OpenAI-like key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a wandb key": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![A-Za-z0-9/])[0-9a-f]{40}(?![A-Za-z0-9/])",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a password in an address": r"[a-z]+://[^/\s:@]+:[^/\s@]+@",
+}
+
+
+def errors_of(action: Callable[[], Any]) -> list[str]:
+    """The message of the ``ValueError`` or missing file that ``action`` ends with, as a list of one, or nothing."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        return [str(error).strip()]
+    return []
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every scalar in nested mappings and lists."""
+    match value:
+        case Mapping():
+            for key, item in value.items():
+                yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
+        case list() | tuple():
+            for index, item in enumerate(value):
+                yield from flat(item, f"{prefix}[{index}]")
+        case _:
+            yield prefix, value
+
+
+def secrets_in(settings: Mapping[str, Any]) -> list[str]:
+    """Settings that look like keys: they end in files, logs and dashboards. The value is not repeated."""
+    return [
+        f"{name} looks like {kind}: settings are written into files and dashboards; use the environment instead"
+        for name, value in flat(settings)
+        for kind, pattern in SECRETS.items()
+        if isinstance(value, str) and re.search(pattern, value)
+    ]
+
+
+def redacted(text: str) -> str:
+    """``text`` without whatever looks like a key."""
+    for pattern in SECRETS.values():
+        text = re.sub(pattern, "(hidden)", text)
+    return text
+
+
+def names(mapping: Mapping[str, str]) -> list[str]:
+    """Names, by the setting they stand in, that would not be safe as part of a path, a job or a metric."""
+    return [
+        f"{setting}: a name has 1 to 64 letters, digits, '.', '_' or '-', got {name!r}"
+        for setting, name in mapping.items()
+        if not NAME.fullmatch(name) or name in (".", "..")
+    ]
+
+
+def suggestion(unknown: str, known: list[str]) -> str:
+    """A hint at the setting that was probably meant, or nothing; only the last part of a dotted name may differ."""
+    parent, _, last = unknown.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
+        return f"; did you mean {parent + '.' if parent else ''}{close[0]}?"
+    return ""
+
+
+def model_shape(path: Path) -> LlamaShape | None:
+    """The shape of a model directory, or of a published model by its name on the hub; ``None`` if it is neither."""
+    if (path / "config.json").is_file():
+        try:
+            return checkpoints.shape_of(checkpoints.load_config(path))
+        except ValueError:
+            return None
+    return PUBLISHED.get(str(path))
+
+
+def model(setting: str, path: Path, *, needs_tokenizer: bool = True) -> list[str]:
+    """What is wrong with a model directory by its names, its configuration and the headers of its files.
+
+    A directory without any weights passes where its configuration does: it is enough to plan with.
+    """
+    if str(path) in PUBLISHED and not path.is_dir():
+        return []
+    if not path.is_dir():
+        return [f"{setting}={path} is no directory, and no published Llama of a known shape ({', '.join(PUBLISHED)})"]
+    if problems := errors_of(lambda: checkpoints.load_config(path)):
+        return [f"{setting}: {problem}" for problem in problems]
+    problems = unfinished(setting, path)
+    if needs_tokenizer and not (path / "tokenizer.json").is_file():
+        problems.append(f"{setting}={path} has no tokenizer.json")
+    if has_weights(path):
+        problems += [f"{setting}: {problem}" for problem in errors_of(lambda: checkpoints.Weights(path))]
+    return problems
+
+
+def has_weights(path: Path) -> bool:
+    """Whether the directory holds any weights, whole or not."""
+    return (path / checkpoints.INDEX).is_file() or (path / checkpoints.SINGLE).is_file()
+
+
+def unfinished(setting: str, path: Path) -> list[str]:
+    """A directory that a run began and did not finish, or that was changed since."""
+    if (path / "DONE.json").is_file():
+        return [f"{setting}: {problem}" for problem in errors_of(lambda: runs.check_done(path))]
+    if (path / "run.json").is_file():
+        return [f"{setting}={path} is the directory of an unfinished run: finish that stage first"]
+    return []
+
+
+def finished_stage(setting: str, path: Path) -> list[str]:
+    """A directory that only a finished stage can have made."""
+    if not path.is_dir():
+        return [f"{setting}={path} does not exist"]
+    return [f"{setting}: {problem}" for problem in errors_of(lambda: runs.check_done(path))]
+
+
+def division(rows: int, micro_batch_rows: int, processes: int) -> list[str]:
+    """A global batch that micro-batches and processes cannot share out evenly."""
+    each = micro_batch_rows * processes
+    if rows % each == 0:
+        return []
+    nearest = [near for near in (rows // each * each, (rows // each + 1) * each) if near]
+    return [
+        f"global_batch_rows must be a multiple of micro_batch_rows={micro_batch_rows} times processes={processes}: "
+        f"nearest are {' and '.join(map(str, nearest))}, got {rows}"
+    ]
+
+
+def positions(sequence_length: int, owner: str, most: int) -> list[str]:
+    """Rows that are longer than a model can tell positions apart."""
+    if sequence_length <= most:
+        return []
+    return [f"the data's sequence_length {sequence_length} is more than {owner} can take: {most}"]
+
+
+def space(out: Path, needed: float, describe: Callable[[float], str]) -> list[str]:
+    """A disk that is too small for what will be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [f"out={out} needs {describe(needed)}, {place} has {describe(free)} free"]
+
+
+def memory(needed: float, device: str, available: float, describe: Callable[[float], str]) -> list[str]:
+    """A device that cannot hold what one process needs."""
+    if needed <= available:
+        return []
+    return [f"one process needs {describe(needed)} of memory, {device} has {describe(available)}"]

@@ -1,0 +1,1 @@
+"""Text to packed, memory-mapped token rows."""

@@ -1,0 +1,324 @@
+"""Text to token ids, many processes at a time; and a byte-level BPE vocabulary where none is given.
+
+A document becomes ``<BOS> text <EOS>``. A dialogue becomes what its chat template makes of it, or Llama 3's format, and
+only what the assistant says, with the token that ends its turn, is supervised.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llamita import checkpoints
+from llamita.data.shards import UNSUPERVISED, Words
+
+log = logging.getLogger(__name__)
+
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+PAD = "<|finetune_right_pad_id|>"
+HEADER = "<|start_header_id|>"
+HEADER_END = "<|end_header_id|>"
+TURN_END = "<|eot_id|>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, HEADER, HEADER_END, "<|eom_id|>", TURN_END, "<|python_tag|>")
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Llama 3 cuts text before merging bytes (llama-models, models/llama3/tokenizer.py)."""
+
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+BATCH_BYTES = 2**20
+"""Text that a worker takes at a time: long documents one by one, so that few of them still keep all workers busy."""
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    path: Path | None = None
+    """A tokenizer or model directory; unset: a byte-level BPE is trained on the training documents."""
+    vocab_size: int = 4096
+    """Entries of the trained vocabulary, the special tokens included."""
+    train_bytes: int = 2**28
+    """Train on no more than about so many bytes, taken from the documents in pseudo-random order."""
+    date: str = "26 Jul 2024"
+    """The date in chat templates that ask for one; fixed, because Llama 3.2's would else change the data every day."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what cannot be meant."""
+        if not SMALLEST_VOCABULARY <= self.vocab_size < 2**30:
+            raise ValueError(
+                f"tokenizer.vocab_size must be in {SMALLEST_VOCABULARY}..{2**30 - 1} (256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens at least), got {self.vocab_size}"
+            )
+        if self.train_bytes < 1:
+            raise ValueError(f"tokenizer.train_bytes must be at least 1, got {self.train_bytes}")
+
+
+def load(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory, checked for what documents need.
+
+    Raises:
+        ValueError: there is none, or it has no BOS or EOS.
+    """
+    if not path.is_dir():
+        raise ValueError(f"tokenizer.path={path} is not a directory")
+    tokenizer = checkpoints.load_tokenizer(path)
+    borders(tokenizer)
+    return tokenizer
+
+
+def save(tokenizer: PreTrainedTokenizerFast, source: Path | None, folder: Path) -> None:
+    """Store a tokenizer: the very files of ``source`` where it came from one."""
+    folder.mkdir()
+    if source is None:
+        tokenizer.save_pretrained(folder)
+    else:
+        checkpoints.copy_tokenizer(source, folder)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al., 2016, arXiv:1508.07909, section 3.2) with Llama 3's split and special tokens.
+
+    Bytes and merges come first, special tokens last, as in Llama 3. Every text survives encoding and decoding byte
+    for byte, because all 256 bytes are in the vocabulary and nothing is normalised.
+
+    Raises:
+        ValueError: the texts have too few different words for a vocabulary of that size.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise ValueError(f"tokenizer.vocab_size={vocab_size} is more than the training documents give: at most {size}")
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos_id)]
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Borders:
+    """Ids that stand around documents."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+def borders(tokenizer: PreTrainedTokenizerFast) -> Borders:
+    """Begin, end and padding of a document.
+
+    The end is ``<|end_of_text|>`` where there is one: the ``eos_token`` of Llama 3's instruct models ends a turn of a
+    dialogue, not a document.
+
+    Raises:
+        ValueError: the tokenizer has no token for the begin or the end.
+    """
+    vocabulary = tokenizer.get_vocab()
+    bos_id, eos_id = tokenizer.bos_token_id, vocabulary.get(EOS, tokenizer.eos_token_id)
+    for name, value in (("BOS", bos_id), ("EOS", eos_id)):
+        if value is None:
+            raise ValueError(
+                f"tokenizer.path={tokenizer.name_or_path} has no {name} token, which stands around every document"
+            )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else vocabulary.get(PAD, eos_id)
+    return Borders(bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the highest id, which a model must have rows for even where ids below it are unused."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+class TextEncoder:
+    """Documents to words. Special tokens that a text merely mentions are ordinary characters, as in Meta's code."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        around = borders(tokenizer)
+        self._given = tokenizer
+        self._bos, self._eos = around.bos_id, around.eos_id
+        self._backend = plain_backend(tokenizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to a worker as arguments: a pickled tokenizer forgets that special tokens are ordinary text."""
+        return TextEncoder, (self._given,)
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Words]]:
+        """The batch's documents, for ``datasets.map``."""
+        encoded = self._backend.encode_batch_fast(batch["text"], add_special_tokens=False)
+        return {"words": [np.array([self._bos, *one.ids, self._eos], dtype=np.uint32) for one in encoded]}
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast, *, special: bool = False) -> Tokenizer:
+    """A copy that neither cuts nor pads, as some published files ask for, and sees special tokens only if told."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not special
+    return backend
+
+
+class DialogueEncoder:
+    """Dialogues to words: only what the assistant says and the end of its turn are supervised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, date: str) -> None:
+        """Choose the format.
+
+        Raises:
+            ValueError: the tokenizer has neither a chat template nor Llama 3's header tokens.
+        """
+        self._given = tokenizer
+        self._bos = borders(tokenizer).bos_id
+        self._plain = plain_backend(tokenizer)
+        self._special = plain_backend(tokenizer, special=True)
+        self._date = date
+        self._mention = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens + _added(tokenizer))))
+        if not tokenizer.chat_template:
+            vocabulary = tokenizer.get_vocab()
+            if lacking := [token for token in (HEADER, HEADER_END, TURN_END) if token not in vocabulary]:
+                raise ValueError(
+                    f"tokenizer.path={tokenizer.name_or_path} has no chat template and lacks {', '.join(lacking)} "
+                    "of Llama 3's format: dialogues cannot be written with it"
+                )
+            self._header, self._header_end, self._turn_end = (
+                vocabulary[token] for token in (HEADER, HEADER_END, TURN_END)
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for :class:`TextEncoder`."""
+        return DialogueEncoder, (self._given, self._date)
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Words]]:
+        """The batch's dialogues, for ``datasets.map``."""
+        encode = self._templated if self._given.chat_template else self._llama3
+        return {"words": [encode(json.loads(text)) for text in batch["text"]]}
+
+    def _llama3(self, messages: list[dict[str, str]]) -> Words:
+        """Llama 3's own format (llama-models, models/llama3/chat_format.py), which trims what is said."""
+        words: list[int] = [self._bos]
+        supervised = [False]
+        for message in messages:
+            head = [self._header, *self._ids(message["role"]), self._header_end, *self._ids("\n\n")]
+            said = [*self._ids(message["content"].strip()), self._turn_end]
+            words += head + said
+            supervised += [False] * len(head) + [message["role"] == "assistant"] * len(said)
+        return _masked(words, supervised)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _templated(self, messages: list[dict[str, str]]) -> Words:
+        """The template's text; the assistant's part is what its message adds to the text before it.
+
+        Raises:
+            ValueError: the template refuses the dialogue or rewrites earlier turns, or a message holds the text of a
+                special token, which in the template's text could not be told from a real one.
+        """
+        for message in messages:
+            if found := self._mention.search(message["content"]):
+                raise ValueError(f"a message holds the special token {found.group()}: {message['content'][:80]!r}")
+        whole = self._render(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:index], add_generation_prompt=True)
+                after = self._render(messages[: index + 1])
+                if not (after.startswith(before) and whole.startswith(after.rstrip())):
+                    raise ValueError(
+                        "the chat template rewrites earlier turns, so the assistant's part cannot be found in "
+                        f"{message['content'][:80]!r}"
+                    )
+                spans.append((len(before), len(after.rstrip())))
+        encoded = self._special.encode(whole, add_special_tokens=False)
+        supervised = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offsets]
+        words = list(encoded.ids)
+        if words[:1] != [self._bos]:
+            words, supervised = [self._bos, *words], [False, *supervised]
+        return _masked(words, supervised)
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        if not messages and options.get("add_generation_prompt"):
+            return self._render([{"role": "assistant", "content": "\0"}]).partition("\0")[0]
+        try:
+            text = self._given.apply_chat_template(messages, tokenize=False, date_string=self._date, **options)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a dialogue: {error}: {str(messages)[:120]}") from error
+        assert isinstance(text, str)
+        return text
+
+
+def _added(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _masked(ids: Sequence[int], supervised: Sequence[bool]) -> Words:
+    words = np.array(ids, dtype=np.uint32)
+    return np.where(np.array(supervised), words, words | UNSUPERVISED)
+
+
+def encode(
+    texts: Any,
+    encoder: Callable[[dict[str, list[str]]], dict[str, list[Words]]],
+    path: Path,
+    *,
+    mean_bytes: float,
+    num_proc: int,
+) -> Iterator[tuple[Words, NDArray[np.int64]]]:
+    """Words and document lengths of a ``datasets.Dataset`` of texts, block by block, in its order.
+
+    ``num_proc`` processes encode at a time; the result does not depend on how many. ``path`` is a file for the
+    result, which stays memory-mapped; ``mean_bytes`` is the size of a text.
+    """
+    import datasets
+
+    encoded = texts.map(
+        encoder,
+        batched=True,
+        batch_size=min(max(1, int(BATCH_BYTES / mean_bytes)), 1000),
+        remove_columns=texts.column_names,
+        features=datasets.Features({"words": datasets.LargeList(datasets.Value("uint32"))}),
+        num_proc=min(num_proc, len(texts)) if num_proc > 1 else None,
+        cache_file_name=str(path),
+        load_from_cache_file=False,
+        new_fingerprint=path.stem,
+        desc="tokens",
+    )
+    for chunk in encoded.data.column("words").chunks:
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy()[offsets[0] : offsets[-1]]
+        yield values, np.diff(offsets).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Logit distillation: losses, teachers, training loop."""

@@ -1,0 +1,328 @@
+"""The training loop: micro-batches in, one optimiser step out, and nothing lost when it is stopped.
+
+The loss of a step is the sum over the supervised tokens of all its micro-batches and ranks, divided once by their
+number. So it is the same for any split into micro-batches, ranks and rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llamita import runs
+from llamita.distill import losses, optim
+from llamita.distill.engines import Engine, EngineConfig, MicroBatch
+from llamita.distill.state import Checkpoints, agree_sum
+from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
+
+log = logging.getLogger(__name__)
+
+GIVE_UP_AFTER = 5
+"""Steps in a row without a finite gradient that end the run."""
+
+
+@dataclass(kw_only=True)
+class LoopConfig(EngineConfig):
+    """How long to train, and when to save, log and validate."""
+
+    steps: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay when the run is done; while it goes on, at least 2."""
+    log_every: int = 1
+    validation_every: int = 100
+    """0: only before the first and after the last step."""
+    validation_rows: int = 64
+    """Held-out rows that each validation measures; 0: no validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_checkpoints", "validation_every", "validation_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+MAY_CHANGE = (
+    "micro_batch_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "validation_every",
+    "activation_checkpointing",
+    "compile",
+    "loss.chunk_mebibytes",
+)
+"""Settings that a restart may change: they move speed, memory and bookkeeping, not what is learnt. ``steps`` is not
+among them, because the learning rate depends on it."""
+
+
+class Source(Protocol):
+    """Gives the micro-batches of this rank, step after step, and knows where it is."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Micro-batches of the steps from here on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values; the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position; refuses one of other data."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """How far the run is."""
+
+    step: int = 0
+    tokens: int = 0
+    """Positions seen, padding included, over all ranks."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """Held-out batches by name of the set, the same on every rank."""
+
+    sets: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    token_bytes: Tensor | None = None
+    """UTF-8 bytes of each token id, for bits per byte."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything that a training run works with."""
+
+    accelerator: Accelerator
+    engine: Engine
+    teachers: Sequence[Teacher]
+    source: Source
+    config: LoopConfig
+    optim: optim.OptimConfig
+    run: runs.Run
+    validation: Validation = field(default_factory=Validation)
+    rows_per_epoch: int | None = None
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Content hashes of student and teachers, on the main process: a restart with others is refused."""
+    counters: Counters = field(default_factory=Counters)
+    last: dict[str, float] = field(default_factory=dict)
+    """The newest value of every metric that this start has logged."""
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(
+            self.run.path / "checkpoints", self.accelerator, keep=self.config.keep_checkpoints
+        )
+        self._names = ["loss", *losses.statistics([teacher.name for teacher in self.teachers])]
+        self._saved = -1
+        self._interval: dict[str, float] = {}
+
+    def train(self) -> dict[str, float]:
+        """Train to the last step and return the newest metrics.
+
+        Raises:
+            Stopped: the run was asked to stop; a checkpoint of the last step is published.
+            ValueError: the run cannot go on from its directory, or its gradients stay not finite.
+        """
+        self.resume()
+        steps, counters = self.config.steps, self.counters
+        if counters.step == 0:
+            self.validate()
+        batches = iter(self.source)
+        with runs.Progress(self.run.path.name, steps, completed=counters.step) as progress:
+            while counters.step < steps:
+                started = time.perf_counter()
+                micro_batches = next(batches)
+                self._add("perf/data_s", time.perf_counter() - started)
+                stop = self.take_step(micro_batches)
+                self._add("perf/step_s", time.perf_counter() - started)
+                progress.update(counters.step, self._note())
+                self._log_step()
+                if self._is_due(self.config.validation_every):
+                    self.validate()
+                if self._is_due(self.config.checkpoint_every) or stop:
+                    self.save()
+                if stop and counters.step < steps:
+                    raise runs.Stopped(f"stopped after step {counters.step} of {steps}; start it again to go on")
+        return _finite(self.last)
+
+    def _is_due(self, every: int) -> bool:
+        return self.counters.step == self.config.steps or (every > 0 and self.counters.step % every == 0)
+
+    def take_step(self, micro_batches: Sequence[Batch]) -> bool:
+        """One optimiser step; returns whether any rank was asked to stop."""
+        counters, device = self.counters, self.accelerator.device
+        world = self.accelerator.num_processes
+        counters.step += 1
+        count = agree_sum(self.accelerator, sum(int(losses.supervised(b["labels"]).sum()) for b in micro_batches))
+        batches = [{key: value.to(device, non_blocking=True) for key, value in b.items()} for b in micro_batches]
+        measure = self._is_due(self.config.log_every)
+        total = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        for index, batch in enumerate(batches):
+            total += self.engine.accumulate(
+                self._prepare(batch),
+                # The one division: by the tokens of the whole step. Averaging over ranks divides by their number.
+                scale=world / max(count, 1),
+                last=index == len(batches) - 1,
+                measure=measure,
+            )
+        rate = optim.learning_rate(counters.step, self.config.steps, self.optim)
+        norm = self.engine.step(rate)
+        seen = sum(batch["input_ids"].numel() for batch in batches)
+        extra = torch.tensor([seen, self.run.stop.is_set()], dtype=torch.float64, device=device)
+        *sums, seen_by_all, stops = self.accelerator.reduce(torch.cat([total, extra]), reduction="sum").tolist()
+        counters.tokens += int(seen_by_all)
+        self._add("tokens", seen_by_all)
+        self._add("steps", 1)
+        self._count_skipped(norm)
+        averages = self._named([value / max(count, 1) for value in sums], "train/")
+        self.last |= {name: value for name, value in averages.items() if measure or name.startswith("train/")}
+        self.last |= {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped_steps": counters.skipped}
+        return bool(stops > 0)
+
+    def _prepare(self, batch: Batch) -> MicroBatch:
+        """A micro-batch with its mask and what the teachers say to it."""
+        started = time.perf_counter()
+        # The other kernels take other masks, which transformers makes from the position ids.
+        mask = document_mask(batch["position_ids"]) if self.config.attention is Attention.sdpa else None
+        states = [teacher.states(batch, mask) for teacher in self.teachers]
+        self._add("perf/teacher_s", time.perf_counter() - started)
+        return MicroBatch(batch, mask, states)
+
+    def _count_skipped(self, norm: float) -> None:
+        counters = self.counters
+        if math.isfinite(norm):
+            counters.skipped_in_a_row = 0
+            return
+        counters.skipped += 1
+        counters.skipped_in_a_row += 1
+        rows = self.source.state_dict().get("samples_consumed")
+        where = f"step {counters.step}, the {self.config.global_batch_rows} rows of the order that end with row {rows}"
+        log.warning("no finite gradient at %s: the step is skipped", where)
+        if counters.skipped_in_a_row >= GIVE_UP_AFTER:
+            raise ValueError(
+                f"{GIVE_UP_AFTER} steps in a row had no finite gradient, the last was {where}; look at these rows and "
+                "at the teachers' weights, or lower optim.learning_rate"
+            )
+
+    def _named(self, values: Sequence[float], prefix: str) -> dict[str, float]:
+        """Averages per token by their published names: the loss's own below ``prefix``, the others below ``kd/``."""
+        named: dict[str, float] = {}
+        for name, value in zip(self._names, values, strict=True):
+            named[f"{prefix}{name}" if name in ("loss", "ce", "kd") else f"kd/{name}"] = value
+        return named
+
+    def _add(self, name: str, value: float) -> None:
+        self._interval[name] = self._interval.get(name, 0.0) + value
+
+    def _note(self) -> str:
+        return f"loss {self.last['train/loss']:.4f}"
+
+    def _log_step(self) -> None:
+        """Log this step's averages, and times and speed since the last line."""
+        if not self._is_due(self.config.log_every):
+            return
+        counters, interval = self.counters, self._interval
+        rows = self.source.state_dict().get("samples_consumed", counters.step * self.config.global_batch_rows)
+        speed = interval.pop("tokens") / interval["perf/step_s"] / self.accelerator.num_processes
+        steps = interval.pop("steps")
+        self.last |= {name: value / steps for name, value in interval.items()}
+        self.last |= {"perf/tokens_per_s_per_gpu": speed, "data/tokens": counters.tokens, "data/samples": rows}
+        if self.rows_per_epoch:
+            self.last["data/epoch"] = rows / self.rows_per_epoch
+        self._interval = {}
+        self.run.log(_finite({k: v for k, v in self.last.items() if not k.startswith("val/")}), step=counters.step)
+
+    def validate(self) -> None:
+        """Measure the held-out sets and log the averages."""
+        interval = dict(self._interval)  # the teachers' time here is none of the steps'
+        values: dict[str, float] = {}
+        for name, batches in self.validation.sets.items():
+            values |= self._measure_set(name, batches)
+        self._interval = interval
+        if values:
+            self.last |= values
+            self.run.log(_finite(values), step=self.counters.step)
+
+    def _measure_set(self, name: str, batches: Sequence[Batch]) -> dict[str, float]:
+        """Averages over one set. Each rank measures every world-th batch, and all of them equally many."""
+        world, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
+        total = torch.zeros(len(self._names) + 2, dtype=torch.float64, device=device)
+        for start in range(0, len(batches), world):
+            here = start + rank < len(batches)
+            batch = {key: value.to(device) for key, value in batches[start + rank if here else 0].items()}
+            if not here:
+                batch["labels"] = torch.full_like(batch["labels"], losses.IGNORE)
+            sums = self.engine.measure(self._prepare(batch))
+            predicted = batch["labels"][:, 1:][losses.supervised(batch["labels"])]
+            table = self.validation.token_bytes
+            num_bytes = 0 if table is None else int(table.to(device)[predicted].sum())
+            total += torch.cat([sums, sums.new_tensor([len(predicted), num_bytes])])
+        *sums_of_all, count, num_bytes_of_all = self.accelerator.reduce(total, reduction="sum").tolist()
+        averages = dict(zip(self._names, (value / max(count, 1) for value in sums_of_all), strict=True))
+        values = {f"val/{name}/{key}": value for key, value in averages.items() if key not in ("loss", "ce")}
+        values[f"val/{name}/loss"] = averages["ce"]
+        if num_bytes_of_all:
+            values[f"val/{name}/bits_per_byte"] = averages["ce"] * count / (math.log(2) * num_bytes_of_all)
+        return values
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step."""
+        if self._saved == self.counters.step:
+            return
+        started = time.perf_counter()
+        state = {
+            "step": self.counters.step,
+            "counters": asdict(self.counters),
+            "data": self.source.state_dict(),
+            "world_size": self.accelerator.num_processes,
+            "parents": dict(self.parents),
+            "last": _finite(self.last),
+        }
+        self.checkpoints.save(self.counters.step, state, self.engine.save, size=self.engine.checkpoint_bytes)
+        self._saved = self.counters.step
+        self.run.log({"perf/save_s": time.perf_counter() - started}, step=self.counters.step)
+
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is of other parents, of other data, or of a number of processes that cannot load it.
+        """
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        folder, state = found
+        other = self.accelerator.is_main_process and state["parents"] != dict(self.parents)
+        if agree_sum(self.accelerator, other):
+            raise ValueError(f"{folder} was trained from other weights than those that are there now: {self.parents}")
+        world = self.accelerator.num_processes
+        if self.engine.needs_same_world and state["world_size"] != world:
+            raise ValueError(
+                f"{folder} was written by {state['world_size']} DeepSpeed processes and can only be loaded by as many, "
+                f"got {world}"
+            )
+        self.engine.load(folder)
+        self.source.load_state_dict(state["data"])
+        self.counters = Counters(**state["counters"])
+        self.last = dict(state["last"])
+        self._saved = self.counters.step
+        log.info("going on from %s", folder)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """What JSON can hold; a skipped step has no loss to log."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}

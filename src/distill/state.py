@@ -1,0 +1,204 @@
+"""Checkpoints of a training run: published whole or not at all, and gone on with from the newest good one.
+
+``checkpoints/step-N/`` holds weights and moments, ``state.json`` (step, data position, counters), the random states of
+each rank, and ``MANIFEST.json``. ``checkpoints/LATEST`` names the newest for people and tools; it is never trusted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate import Accelerator
+
+from llamita import checkpoints, runs
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+FEWEST = 2
+"""As many checkpoints are kept while the run goes on, whatever is asked for."""
+
+
+def agree_sum(accelerator: Accelerator, value: float) -> float:
+    """The sum of ``value`` over ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(tensor, reduction="sum").item())
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators on this rank, as plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put all generators where :func:`random_state` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+class Checkpoints:
+    """The checkpoints of one run, seen by all of its ranks."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int) -> None:
+        self.folder = folder
+        self._accelerator = accelerator
+        self._keep = max(FEWEST, keep)
+        self._main = accelerator.is_main_process
+
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, size: int = 0) -> None:
+        """Publish ``step-N``; every rank calls this and ``write(folder)`` on the same folder.
+
+        ``size`` is how many bytes all ranks will write. Without room for them no rank calls ``write``: in one with
+        collectives, the others would wait for a rank that failed.
+
+        Raises:
+            OSError: on every rank, when any could not write; older checkpoints are as they were.
+        """
+        final = self.folder / f"step-{step}"
+        if agree_sum(self._accelerator, self._main and self._is_published(final)):
+            return
+        error: OSError | None = None
+        try:
+            with ExitStack() as stack:
+                self._write(stack, final, state, write, size)
+        except OSError as failure:
+            error = failure
+        self._raise_together(error)
+        if self._main:
+            runs.crash_point("before_pointer")
+            runs.write_atomically(self.folder / "LATEST", f"{final.name}\n")
+            prune(self.folder, self._keep)
+        self._accelerator.wait_for_everyone()
+
+    def _is_published(self, final: Path) -> bool:
+        """Whether this very step is there already; a damaged one, which an earlier start passed over, makes room."""
+        if not final.is_dir():
+            return False
+        if checkpoints.check_manifest(final, hashes=True) is None:
+            return True
+        _remove(final)
+        return False
+
+    def _write(
+        self, stack: ExitStack, final: Path, state: Mapping[str, Any], write: Callable[[Path], None], size: int
+    ) -> None:
+        error: OSError | None = None
+        token = -1
+        if self._main:
+            try:
+                temporary = stack.enter_context(checkpoints.publishing(final))
+                if shutil.disk_usage(temporary).free < size:
+                    raise OSError(errno.ENOSPC, f"no space left for a checkpoint of {size} bytes", str(final))
+                token = int(temporary.name.rpartition("-")[2], 16)
+            except OSError as failure:
+                error = failure
+        token = int(agree_sum(self._accelerator, token if self._main else 0))
+        if token >= 0:
+            folder = final.with_name(f".tmp-{final.name}-{token:08x}")
+            try:
+                write(folder)
+                runs.write_json(folder / f"random-{self._accelerator.process_index:05d}.json", random_state())
+                if self._main:
+                    runs.write_json(folder / STATE, state)
+            except OSError as failure:
+                error = failure
+        self._raise_together(error)
+
+    def _all_fine(self, error: OSError | None) -> bool:
+        return agree_sum(self._accelerator, error is not None) == 0
+
+    def _raise_together(self, error: OSError | None) -> None:
+        if not self._all_fine(error):
+            raise error or OSError(5, "another rank could not write its part of a checkpoint", str(self.folder))
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint whose files are those of its manifest, and its state; ``None`` when there is none.
+
+        Raises:
+            ValueError: there are checkpoints, but no good one. A run never starts afresh in silence.
+        """
+        step = -1
+        if self._main:
+            _sweep(self.folder)
+            step = newest_good(self.folder)
+        step = int(agree_sum(self._accelerator, step if self._main else 0))
+        if step == -2:
+            raise ValueError(
+                f"{self.folder} holds checkpoints, but none is whole; remove that directory to start from the beginning"
+            )
+        if step == -1:
+            return None
+        folder = self.folder / f"step-{step}"
+        rank_file = folder / f"random-{self._accelerator.process_index:05d}.json"
+        if rank_file.is_file():
+            set_random_state(runs.read_json(rank_file))
+        return folder, runs.read_json(folder / STATE)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a folder, the newest first."""
+    names = [p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def newest_good(folder: Path) -> int:
+    """The newest step whose files have the sizes and hashes of its manifest; -1: no folders, -2: none is good."""
+    steps = steps_in(folder)
+    for step in steps:
+        reason = checkpoints.check_manifest(folder / f"step-{step}", hashes=True)
+        if reason is None:
+            return step
+        log.warning("checkpoint step-%d is passed over: %s", step, reason)
+    return -2 if steps else -1
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` whole checkpoints; one that is not whole counts for nothing."""
+    if not folder.is_dir():
+        return
+    for leftover in folder.glob(".trash-*"):  # a crash half way through this
+        shutil.rmtree(leftover, ignore_errors=True)
+    good = [step for step in steps_in(folder) if checkpoints.check_manifest(folder / f"step-{step}") is None]
+    for step in good[keep:]:
+        _remove(folder / f"step-{step}")
+
+
+def _remove(step: Path) -> None:
+    """Delete a checkpoint so that a crash on the way leaves nothing that looks like one."""
+    trash = step.with_name(f".trash-{step.name}")
+    step.rename(trash)
+    runs.crash_point("during_purge")
+    shutil.rmtree(trash)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a crash left half written or half deleted."""
+    if folder.is_dir():
+        for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)

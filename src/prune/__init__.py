@@ -1,0 +1,1 @@
+"""Structured pruning of dense Llamas: importance, plan, surgery."""

@@ -1,0 +1,562 @@
+"""What each unit of a Llama does on calibration text, in one pass that holds one decoder layer at a time.
+
+The hidden states of all calibration tokens stay in memory between the layers; the weights of a layer are read, used
+and dropped. The result, :class:`Scores`, is saved once and serves any number of targets.
+
+Shape letters: B = rows, S = positions, T = tokens that are not padding, D = hidden size, F = MLP width, L = layers,
+H = query heads, K = KV heads, C = channels of whatever is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from llamita import checkpoints, runs
+from llamita.shapes import LlamaShape
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+IGNORE = -100
+FILE = "scores.safetensors"
+FORMAT = 1
+SQUARE_ROWS = 256
+HEAD_CHUNK_ROWS = 8192
+"""Rows of the output matrix whose logits are held at a time: 128 MiB of float32 at hidden size 4096."""
+
+
+class WidthScore(StrEnum):
+    """How MLP units, and channels of attention heads, are ranked within a layer."""
+
+    activation = "activation"
+    """Mean over a row's tokens of the absolute value, L2 over rows (Muralidharan et al., 2024, arXiv:2407.14679)."""
+    norm_product = "norm_product"
+    """L2 norm over tokens times the norm of the unit's output column (Sun et al., 2023, arXiv:2306.11695)."""
+    magnitude = "magnitude"
+    """Product of the norms of the unit's weights; needs no calibration text."""
+
+
+class HiddenScore(StrEnum):
+    """How channels of the residual stream are ranked, for all layers at once."""
+
+    activation = "activation"
+    """As for widths, at the outputs of both norms of each layer, summed over norms (arXiv:2407.14679, section 2)."""
+    magnitude = "magnitude"
+    """Energy that the weights write into the channel times energy of the weights that read it."""
+
+
+class LayerScore(StrEnum):
+    """How whole layers are ranked."""
+
+    block_influence = "block_influence"
+    """One minus the mean cosine of a layer's input and output (Men et al., 2024, arXiv:2403.03853, eq. 1)."""
+    magnitude = "magnitude"
+    """Frobenius norm of all the layer's weights."""
+
+
+class Model(Protocol):
+    """Weights that are read layer by layer: a directory's, or what a plan makes of them."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def shape(self) -> LlamaShape: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def layer(self, index: int, /) -> dict[str, Tensor]: ...
+    def head(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """Statistics of one model on one calibration set. Tensors, in float64, larger = more important:
+
+    - ``layers.block_influence``, ``layers.magnitude`` [L]
+    - ``mlp.activation``, ``mlp.norm_product``, ``mlp.magnitude`` [L, F]
+    - ``attention.activation``, ``attention.norm_product``, ``attention.magnitude`` [L, H, head_dim]: inputs of o_proj
+    - ``hidden.activation``, ``hidden.magnitude`` [L, 2, D]: outputs of the two norms of each layer
+    - ``rotary.query`` [L, H, head_dim / 2], ``rotary.key`` [L, K, head_dim / 2]: mean energy of each rotary pair
+    - ``norm.energy`` [2 L + 1, D], ``norm.epsilon`` [2 L + 1]: see :func:`norm_gain`; the final norm comes last
+    - ``head.covariance`` [D, D], float32, of an untied model: mean outer product of the final norm's output
+
+    Without calibration text only the magnitudes are there, and ``norm`` is their estimate.
+    """
+
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+    """Where they come from: hashes of source and data, tokens, dtype, loss."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        if name not in self.tensors:
+            raise ValueError(
+                f"scores hold no {name}: it is measured on text, so set calibration.path (or choose the magnitude)"
+            )
+        return self.tensors[name]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether they were measured on text: else only the magnitudes are there."""
+        return bool(self.info["tokens"])
+
+    def check_finite(self) -> None:
+        """Hold that there is nothing among them by which units could not be ranked.
+
+        Raises:
+            ValueError: a score, or the loss, is not finite.
+        """
+        bad = [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]
+        if not math.isfinite(self.info.get("loss") or 0.0):
+            bad.append("the loss")
+        if bad:
+            raise ValueError(
+                f"scores are not finite: {', '.join(bad)}; set calibration.dtype=float32, or check the weights"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write ``scores.safetensors`` and ``scores.json`` into ``folder``, each whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_json(folder / "scores.json", self.info)
+        checkpoints.write_tensors(folder / FILE, self.tensors, {"info": json.dumps(self.info, sort_keys=True)})
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def layer_means(self) -> list[dict[str, float]]:
+        """For each layer the mean of each of its scores: ``mlp/importance/activation`` and so on."""
+        axes = ("layers", "mlp", "attention", "hidden")
+        names = [name for name in self.tensors if name.split(".")[0] in axes]
+        rows = len(self.tensors["layers.magnitude"])
+        label = {name: name.replace(".", "/importance/") for name in names}
+        return [{label[name]: float(self.tensors[name][row].mean()) for name in names} for row in range(rows)]
+
+    @classmethod
+    def load(cls, folder: Path) -> Scores:
+        """Read scores from ``folder``, or from the directory of a run that measured them.
+
+        Raises:
+            ValueError: there are none, or they are of another format.
+        """
+        file = next((f for f in (folder / FILE, folder / "pruning" / FILE) if f.is_file()), None)
+        if file is None:
+            raise ValueError(f"scores.path={folder} holds no {FILE}")
+        tensors, metadata = checkpoints.read_tensors(file)
+        info = json.loads(metadata.get("info", "{}"))
+        if info.get("format") != FORMAT:
+            raise ValueError(f"{file} has format {info.get('format')}, this program reads {FORMAT}")
+        return cls(tensors=tensors, info=info)
+
+
+def real_tokens(batch: Batch, pad_id: int | None = None) -> Tensor:
+    """Which positions [B, S] are not padding.
+
+    Padding is the last document of a row (from where its position ids restart for the last time) when nothing in it
+    is supervised and it holds nothing but ``pad_id``; where that is not known, one token over and over.
+    """
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = place >= torch.where(positions == 0, place, 0).amax(1, keepdim=True)
+    text = (labels != IGNORE) | (ids != (ids[:, -1:] if pad_id is None else pad_id))
+    return ~last | (last & text).any(1, keepdim=True)
+
+
+def measure(
+    model: Model,
+    batches: Iterable[Batch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    pad_id: int | None = None,
+    info: Mapping[str, Any] | None = None,
+    watch: Callable[[int], None] = lambda layer: None,
+) -> Scores:
+    """Run ``batches`` through ``model`` once and return the scores of all its units.
+
+    Batches stay whole in memory, so give as many as are wanted. The forward pass runs in ``dtype`` on ``device``;
+    sums over tokens are float32 (float64 for ``dtype=float64``) within a row and float64 over rows. ``watch`` is told
+    how many layers are done.
+
+    Raises:
+        ValueError: there is no token to measure on, or what is measured is not finite.
+    """
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    masks = [real_tokens(batch, pad_id) for batch in batches]
+    num_tokens = sum(int(mask.sum()) for mask in masks)
+    if num_tokens == 0:
+        raise ValueError("the calibration set holds no token that is not padding")
+    shape = model.shape
+    weights = _WeightScores(model)
+    layers: list[dict[str, Tensor]] = []
+
+    def visit(index: int, layer: LlamaDecoderLayer, outputs: Iterator[Tensor]) -> list[Tensor]:
+        kept = []
+        with _LayerStatistics(layer, shape) as statistics:
+            for mask, output in zip(masks, outputs, strict=True):
+                statistics.update(mask)
+                kept.append(output)
+        layers.append(statistics.scores() | weights.layer(dict(layer.named_parameters())))
+        watch(index + 1)
+        return kept
+
+    hidden = stream(model, batches, dtype=dtype, device=device, visit=visit)
+    tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    final = _final_statistics(model, hidden, masks, device)
+    tensors["norm.energy"] = torch.cat([tensors["norm.energy"].flatten(0, 1), final["norm.energy"][None]])
+    tensors["norm.epsilon"] = torch.cat([tensors["norm.epsilon"].flatten(), final["norm.epsilon"][None]])
+    if "head.covariance" in final:
+        tensors["head.covariance"] = final["head.covariance"]
+    total, count = _loss(model, hidden, batches, device)
+    extra = {"format": FORMAT, "tokens": num_tokens, "rows": sum(len(mask) for mask in masks), "dtype": str(dtype)}
+    loss = total / count if count else None
+    scores = Scores(
+        tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        info={**extra, "loss": loss, **(info or {})},
+    )
+    scores.check_finite()
+    return scores
+
+
+def from_weights(model: Model, *, info: Mapping[str, Any] | None = None) -> Scores:
+    """Scores that need no text: the magnitudes, and what they say about the energy at each norm.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    weights = _WeightScores(model)
+    layers = []
+    for index in range(model.shape.num_hidden_layers):
+        layers.append(weights.layer(model.layer(index)))
+    tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    tensors["norm.energy"] = torch.stack([*weights.energies, weights.energy()])
+    tensors["norm.epsilon"] = torch.zeros(len(tensors["norm.energy"]), dtype=torch.float64)
+    scores = Scores(tensors=tensors, info={"format": FORMAT, "tokens": 0, **(info or {})})
+    scores.check_finite()
+    return scores
+
+
+def mean_loss(
+    model: Model, batches: Iterable[Batch], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> float | None:
+    """Mean next-token cross entropy over the labels of ``batches``, in nats, one layer in memory at a time."""
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    total, count = _loss(model, stream(model, batches, dtype=dtype, device=device), batches, device)
+    return total / count if count else None
+
+
+Visit = Callable[[int, LlamaDecoderLayer, Iterator[Tensor]], list[Tensor]]
+
+
+@torch.no_grad()
+def stream(
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    visit: Visit | None = None,
+) -> list[Tensor]:
+    """Hidden states [B, S, D] of each batch behind the last layer, before the final norm, on the CPU.
+
+    ``visit(index, layer, outputs)`` may watch each layer: it draws the output of one batch after another, which is
+    computed when it is drawn, and returns them.
+    """
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config._attn_implementation = "sdpa"
+    rotary = LlamaRotaryEmbedding(config).to(device)
+    embedding = model["model.embed_tokens.weight"]
+    hidden = [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
+    del embedding
+
+    def forward(layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        output_BSD: Tensor = layer(
+            states_BSD,
+            attention_mask=create_causal_mask(config, states_BSD, None, None, positions_BS),
+            position_ids=positions_BS,
+            position_embeddings=rotary(states_BSD, positions_BS),
+        )
+        return output_BSD.cpu()
+
+    def outputs(layer: LlamaDecoderLayer, hidden: list[Tensor]) -> Iterator[Tensor]:
+        # Each batch's input goes when its output is there, so that the states are held once, not twice.
+        for batch in batches:
+            yield forward(layer, hidden.pop(0).to(device), batch["position_ids"])
+
+    for index in range(config.num_hidden_layers):
+        layer = _decoder_layer(model, index, config, dtype, device)
+        drawn = outputs(layer, hidden)
+        hidden = visit(index, layer, drawn) if visit else list(drawn)
+        # Let go before the next one is read: two layers would double the memory.
+        del drawn, layer
+    return hidden
+
+
+def _decoder_layer(
+    model: Model, index: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
+) -> LlamaDecoderLayer:
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, layer_idx=0).eval()
+    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in model.layer(index).items()}
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer
+
+
+def _final_norm(model: Model, dtype: torch.dtype, device: torch.device | str) -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(model.shape.hidden_size, eps=model.config.rms_norm_eps)
+    norm.weight = nn.Parameter(model["model.norm.weight"].to(device=device, dtype=dtype), requires_grad=False)
+    return norm
+
+
+@torch.no_grad()
+def _loss(
+    model: Model, hidden: Sequence[Tensor], batches: Sequence[Batch], device: torch.device | str
+) -> tuple[float, int]:
+    """Sum of the cross entropy over labels, and their number; logits of a slice of the vocabulary at a time.
+
+    What the head reads stays on the CPU, and is on ``device`` one batch at a time.
+    """
+    dtype = hidden[0].dtype
+    norm, head = _final_norm(model, dtype, device), model.head()
+    labels = [batch["labels"][:, 1:] for batch in batches]
+    states = [norm(h[:, :-1][t.cpu() != IGNORE].to(device)).cpu() for h, t in zip(hidden, labels, strict=True)]
+    targets = [t[t != IGNORE] for t in labels]
+    log_sums = [torch.full(t.shape, -math.inf, dtype=torch.float64, device=device) for t in targets]
+    chosen = [torch.zeros(t.shape, dtype=torch.float64, device=device) for t in targets]
+    for first in range(0, len(head), HEAD_CHUNK_ROWS):
+        rows_VD = head[first : first + HEAD_CHUNK_ROWS].to(device=device, dtype=dtype)
+        for number, target_T in enumerate(targets):
+            if len(target_T) == 0:
+                continue
+            logits_TV = functional.linear(states[number].to(device), rows_VD)
+            logits_TV = logits_TV if dtype == torch.float64 else logits_TV.float()
+            log_sums[number] = torch.logaddexp(log_sums[number], logits_TV.logsumexp(1).double())
+            inside = (target_T >= first) & (target_T < first + len(rows_VD))
+            local = (target_T - first).clamp(0, len(rows_VD) - 1)[:, None]
+            chosen[number] += torch.where(inside, logits_TV.gather(1, local)[:, 0].double(), 0.0)
+    total = sum(float((a - b).sum()) for a, b in zip(log_sums, chosen, strict=True))
+    return total, sum(len(t) for t in targets)
+
+
+def _accumulation(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _mean_magnitude(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
+    """Sum over rows of the squared mean over tokens of |x|: the running part of Minitron's statistic.
+
+    Megatron's tensors are [sequence, batch, channel]; these are [batch, sequence, channel], so the mean is over
+    axis 1 and the norm over axis 0.
+    """
+    x_BSC = _accumulation(x_BSC)
+    weight_BS = mask_BS.to(x_BSC.dtype) / mask_BS.sum(1, keepdim=True).clamp(min=1)
+    mean_BC = torch.einsum("bs,bsc->bc", weight_BS, x_BSC.abs())
+    return mean_BC.double().square().sum(0)
+
+
+def _energy(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
+    """Sum over tokens of the square, per channel."""
+    x_BSC = _accumulation(x_BSC)
+    return torch.einsum("bs,bsc->bc", mask_BS.to(x_BSC.dtype), x_BSC.square()).double().sum(0)
+
+
+def _norm_statistics(x_BSD: Tensor, mask_BS: Tensor, epsilon: float) -> dict[str, Tensor]:
+    """Sums over tokens of x_c^2 / (mean x^2 + eps) per channel, and of eps / (mean x^2 + eps)."""
+    x_BSD = _accumulation(x_BSD)
+    inverse_BS = 1 / (x_BSD.square().mean(-1) + epsilon)
+    return {
+        "norm.energy": _energy(x_BSD, mask_BS * inverse_BS),
+        "norm.epsilon": (epsilon * inverse_BS * mask_BS).double().sum(),
+    }
+
+
+class _LayerStatistics:
+    """Watches one decoder layer through hooks and sums what its tensors are over tokens."""
+
+    def __init__(self, layer: LlamaDecoderLayer, shape: LlamaShape) -> None:
+        self._layer = layer
+        self._shape = shape
+        self._seen: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = 0
+        self._epsilon = layer.input_layernorm.variance_epsilon
+
+    def __enter__(self) -> _LayerStatistics:
+        layer, attention = self._layer, self._layer.self_attn
+        self._hooks = [
+            layer.input_layernorm.register_forward_hook(self._keep("norm_in.0", "norm_out.0")),
+            layer.post_attention_layernorm.register_forward_hook(self._keep("norm_in.1", "norm_out.1")),
+            attention.q_proj.register_forward_hook(self._keep(None, "query")),
+            attention.k_proj.register_forward_hook(self._keep(None, "key")),
+            attention.o_proj.register_forward_hook(self._keep("heads", None)),
+            layer.mlp.down_proj.register_forward_hook(self._keep("mlp", None)),
+            layer.register_forward_hook(self._keep("in", "out")),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def _keep(self, before: str | None, after: str | None) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if before is not None:
+                self._seen[before] = arguments[0]
+            if after is not None:
+                self._seen[after] = output
+
+        return hook
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def update(self, mask_BS: Tensor) -> None:
+        """Add the tokens of the batch that just went through the layer."""
+        seen, shape = self._seen, self._shape
+        self._tokens += int(mask_BS.sum())
+        cosine_BS = functional.cosine_similarity(_accumulation(seen["in"]), _accumulation(seen["out"]), dim=-1)
+        self._add("cosine", cosine_BS[mask_BS].double().sum())
+        for unit in ("mlp", "heads"):
+            self._add(f"{unit}.mean", _mean_magnitude(seen[unit], mask_BS))
+            self._add(f"{unit}.energy", _energy(seen[unit], mask_BS))
+        for norm in ("0", "1"):
+            self._add(f"norm.{norm}.mean", _mean_magnitude(seen[f"norm_out.{norm}"], mask_BS))
+            for name, value in _norm_statistics(seen[f"norm_in.{norm}"], mask_BS, self._epsilon).items():
+                self._add(f"{norm}.{name}", value)
+        for unit in ("query", "key"):
+            # Half-split layout: a pair is channels (j, j + head_dim / 2) of its head; turning it keeps its norm.
+            halves = _energy(seen[unit], mask_BS).view(-1, 2, shape.head_dim // 2)
+            self._add(unit, halves.sum(1))
+        self._seen.clear()
+
+    def scores(self) -> dict[str, Tensor]:
+        """The scores that text gives."""
+        sums, heads = self._sums, (self._shape.num_attention_heads, self._shape.head_dim)
+        down, out = self._layer.mlp.down_proj.weight, self._layer.self_attn.o_proj.weight
+        norms = [{name: sums[f"{i}.{name}"] / self._tokens for name in ("norm.energy", "norm.epsilon")} for i in (0, 1)]
+        return {
+            "layers.block_influence": 1 - sums["cosine"] / self._tokens,
+            "mlp.activation": sums["mlp.mean"].sqrt(),
+            "mlp.norm_product": (sums["mlp.energy"] * _square_sums(down)[1]).sqrt(),
+            "attention.activation": sums["heads.mean"].sqrt().view(heads),
+            "attention.norm_product": (sums["heads.energy"] * _square_sums(out)[1]).sqrt().view(heads),
+            "hidden.activation": torch.stack([sums["norm.0.mean"], sums["norm.1.mean"]]).sqrt(),
+            "rotary.query": sums["query"] / self._tokens,
+            "rotary.key": sums["key"] / self._tokens,
+            "norm.energy": torch.stack([norm["norm.energy"] for norm in norms]),
+            "norm.epsilon": torch.stack([norm["norm.epsilon"] for norm in norms]),
+        }
+
+
+@torch.no_grad()
+def _final_statistics(
+    model: Model, hidden: Sequence[Tensor], masks: Sequence[Tensor], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Energies at the final norm and, for an untied model, the covariance of what its head reads."""
+    norm = _final_norm(model, hidden[0].dtype, device)
+    sums: dict[str, Tensor] = {}
+    for states_BSD, mask_BS in zip(hidden, masks, strict=True):
+        states_BSD = states_BSD.to(device)
+        parts = _norm_statistics(states_BSD, mask_BS, norm.variance_epsilon)
+        if not model.shape.tie_word_embeddings:
+            read_TD = _accumulation(norm(states_BSD)[mask_BS])
+            parts["head.covariance"] = read_TD.T @ read_TD
+        for name, value in parts.items():
+            sums[name] = sums[name] + value if name in sums else value
+    num_tokens = sum(int(mask.sum()) for mask in masks)
+    means = {name: value / num_tokens for name, value in sums.items()}
+    if "head.covariance" in means:
+        means["head.covariance"] = means["head.covariance"].float()
+    return means
+
+
+def _square_sums(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares of each row and of each column, in float64; a few rows at a time, so that they stay in cache."""
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for first in range(0, len(matrix), SQUARE_ROWS):
+        squares = _accumulation(matrix.detach()[first : first + SQUARE_ROWS]).square()
+        rows.append(squares.sum(1).double())
+        columns += squares.sum(0).double()
+    return torch.cat(rows), columns
+
+
+class _WeightScores:
+    """Magnitudes of the units of one layer after another.
+
+    What a hidden channel holds at a norm is estimated by what was written into it before: the mean square of its
+    embedding column plus the squared norms of its rows of every earlier o_proj and down_proj, as if their inputs
+    were white. A channel into which nothing was written has no energy.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._shape = model.shape
+        embedding = model["model.embed_tokens.weight"]
+        self._written = _square_sums(embedding)[1] / len(embedding)
+        self.energies: list[Tensor] = []
+
+    def energy(self) -> Tensor:
+        """Estimated energy of each channel behind a norm, one on average."""
+        return self._written / self._written.mean()
+
+    @torch.no_grad()
+    def layer(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores of the next layer, whose tensors are ``weights``."""
+        shape = self._shape
+        rows, columns = {}, {}
+        for name, weight in weights.items():
+            rows[name.split(".")[-2]], columns[name.split(".")[-2]] = _square_sums(weight.view(len(weight), -1))
+        energies, hidden = [], []
+        for norm, readers, writer in (
+            ("input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+            ("post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
+        ):
+            energies.append(self.energy())
+            read = torch.stack([columns[reader] for reader in readers]).sum(0)
+            hidden.append(energies[-1].to(read.device) * rows[norm] * read)
+            self._written = self._written + rows[writer].to(self._written.device)
+        self.energies += energies
+        group = shape.num_attention_heads // shape.num_key_value_heads
+        values = rows["v_proj"].view(shape.num_key_value_heads, shape.head_dim).repeat_interleave(group, 0)
+        return {
+            "layers.magnitude": torch.stack([squares.sum() for squares in rows.values()]).sum().sqrt(),
+            "mlp.magnitude": (rows["gate_proj"] * rows["up_proj"] * columns["down_proj"]).sqrt(),
+            "attention.magnitude": (values * columns["o_proj"].view(values.shape)).sqrt(),
+            "hidden.magnitude": torch.stack(hidden),
+        }
+
+
+def norm_gain(energy_D: Tensor, epsilon: Tensor, keep: Tensor) -> Tensor:
+    """Factor of an RMSNorm's weight when only the channels ``keep`` of its input are left.
+
+    The whole norm divides by sqrt(mean_D x^2 + eps), the cut one by sqrt(mean_S x^2 + eps). The root mean square over
+    tokens of their quotient is sqrt(1/|S| sum_S energy + epsilon), with energy_c = E[x_c^2 / (mean_D x^2 + eps)] and
+    epsilon = E[eps / (mean_D x^2 + eps)]; for small eps, sqrt(D / |S|) times the kept part of the input's norm.
+    Exactly 1 when every channel is kept.
+    """
+    if len(keep) == len(energy_D):
+        return torch.ones((), dtype=torch.float64)
+    return (energy_D[keep].double().mean() + epsilon.double()).sqrt()

@@ -1,0 +1,514 @@
+"""Which units a smaller Llama keeps: pure tensors of indices and factors, made from scores and a target.
+
+Shape letters, for the model that is made: L = layers, D = hidden size, F = MLP width, H = query heads, K = KV heads,
+E = head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamita import checkpoints
+from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
+from llamita.shapes import LlamaShape
+
+FILE = "plan.safetensors"
+FORMAT = 1
+COVARIANCE_WEIGHT = 4.0
+"""Pull towards the embedding where two matrices become one, in mean eigenvalues of the head input's covariance."""
+
+
+class Rope(StrEnum):
+    """The rotary scaling of the result."""
+
+    parent = "parent"
+    """As in the source: the kept weights were trained with it."""
+    published = "published"
+    """Factor 32, which Llama 3.2 publishes: changes 35 of 64 frequencies of a Llama 3.1 before any training."""
+
+
+class Tie(StrEnum):
+    """How an embedding E and an output matrix U become one matrix."""
+
+    least_squares = "least_squares"
+    """(a E + U C) (a I + C)^-1: U where the head's input, of covariance C, has energy, E elsewhere. Needs text."""
+    mean = "mean"
+    embedding = "embedding"
+    head = "head"
+
+
+class Pairs(StrEnum):
+    """Which rotary pairs a smaller head keeps; one of each run of r neighbours when the head size is divided by r."""
+
+    first = "first"
+    """Pairs 0, r, 2 r, ...: their frequencies are bit-exactly those of the smaller head."""
+    strongest = "strongest"
+    """The one of most energy E[q^2] E[k^2] in its KV group; it is then turned at the frequency of the first."""
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """Sizes of the model to make; what is unset stays as in the source."""
+
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+    output_rows: list[int] | None = None
+    """Token ids whose logits the model keeps, in this order; it is then a ``LlamaForTokenClassification``."""
+    rope: Rope = Rope.parent
+    keep_layers: list[int] | None = None
+    """The source's layers to keep, instead of those of highest score."""
+    tie: Tie | None = None
+    """Unset: ``least_squares`` where there are statistics of text, else ``mean``."""
+    pairs: Pairs = Pairs.first
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"target.{name} must be at least 1, got {value}")
+        if self.output_rows is not None:
+            if not self.output_rows:
+                raise ValueError("target.output_rows must hold at least one token id, got []")
+            if len(set(self.output_rows)) != len(self.output_rows):
+                raise ValueError(f"target.output_rows must hold each token id once, got {self.output_rows}")
+        if self.keep_layers is not None and sorted(set(self.keep_layers)) != self.keep_layers:
+            raise ValueError(f"target.keep_layers must rise without repeats, got {self.keep_layers}")
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """By what units are ranked, and where the scores come from."""
+
+    path: Path | None = None
+    """Directory of an earlier run of this recipe on the same model: its scores are used, nothing is measured."""
+    mlp: WidthScore = WidthScore.norm_product
+    attention: WidthScore = WidthScore.norm_product
+    hidden: HiddenScore = HiddenScore.activation
+    layers: LayerScore = LayerScore.block_influence
+
+    def have_text(self, *, calibrated: bool) -> bool:
+        """Whether the scores will be of text: those of ``path`` where it is set, else measured if ``calibrated``.
+
+        Raises:
+            ValueError: ``path`` holds no scores.
+        """
+        return Scores.load(self.path).has_text if self.path is not None else calibrated
+
+
+def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:
+    """The sizes of the model to make.
+
+    Raises:
+        ValueError: they cannot be cut out of ``source``, or no stock Llama can have them; names the nearest that can.
+    """
+    if source.output_rows is not None:
+        raise ValueError("model.path has lost output rows already: prune the model that it was cut from")
+    sizes = {name: getattr(target, name) for name in SIZES if getattr(target, name) is not None}
+    if target.keep_layers is not None:
+        sizes.setdefault("num_hidden_layers", len(target.keep_layers))
+        _check_layers(source, target.keep_layers, sizes["num_hidden_layers"])
+    for name, value in sizes.items():
+        if value > getattr(source, name):
+            raise ValueError(f"target.{name} must be at most the source's {getattr(source, name)}, got {value}")
+    merged = {name: sizes.get(name, getattr(source, name)) for name in SIZES}
+    _check_heads(source, merged)
+    tied = source.tie_word_embeddings if target.tie_word_embeddings is None else target.tie_word_embeddings
+    rows = None
+    if target.output_rows is not None:
+        if tied:
+            raise ValueError(
+                "target.output_rows needs target.tie_word_embeddings=false: a tied matrix also holds the inputs"
+            )
+        if outside := [row for row in target.output_rows if not 0 <= row < source.vocab_size]:
+            raise ValueError(f"target.output_rows must be token ids in 0..{source.vocab_size - 1}, got {outside}")
+        rows = len(target.output_rows)
+    return dataclasses.replace(source, **merged, tie_word_embeddings=tied, output_rows=rows)
+
+
+def check_wanted(
+    source: LlamaShape,
+    shape: LlamaShape,
+    target: TargetConfig,
+    kinds: ScoreConfig,
+    *,
+    has_text: bool,
+    rope_type: str | None,
+) -> None:
+    """Hold, before anything is read, that the plan can be made: from scores of text, or from the weights alone.
+
+    ``shape`` is what :func:`target_shape` said. ``rope_type`` is the source's; ``None``: not known.
+
+    Raises:
+        ValueError: text is needed and there is none, or the rotary scaling is not one that Llama 3.2 publishes.
+    """
+    if target.rope is Rope.published and rope_type not in (None, "llama3"):
+        raise ValueError(f"target.rope=published needs a model with rope_type 'llama3', got {rope_type!r}")
+    if has_text:
+        return
+    instead = {
+        f"scores.{axis}={getattr(kinds, axis)}": f"scores.{axis}=magnitude"
+        for axis in _cut(source, shape, target)
+        if getattr(kinds, axis) != "magnitude"
+    }
+    if target.pairs is Pairs.strongest and shape.head_dim != source.head_dim:
+        instead["target.pairs=strongest"] = "target.pairs=first"
+    if _tie(None, source, shape, target) is Tie.least_squares:
+        instead["target.tie=least_squares"] = "target.tie=mean"
+    if instead:
+        measured = f"{', '.join(instead)} {'is' if len(instead) == 1 else 'are'} measured on text"
+        raise ValueError(f"{measured}: set calibration.path, or {' '.join(instead.values())}")
+
+
+def _cut(source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> list[str]:
+    """The axes of which units are chosen by score, by their names in ``ScoreConfig``."""
+    sizes = {
+        "mlp": ("intermediate_size",),
+        "attention": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+        "hidden": ("hidden_size",),
+        "layers": ("num_hidden_layers",) if target.keep_layers is None else (),
+    }
+    return [axis for axis, names in sizes.items() if any(getattr(shape, n) != getattr(source, n) for n in names)]
+
+
+def _check_layers(source: LlamaShape, keep: list[int], number: int) -> None:
+    if len(keep) != number:
+        raise ValueError(f"target.keep_layers must name target.num_hidden_layers={number} layers, got {keep}")
+    if outside := [index for index in keep if not 0 <= index < source.num_hidden_layers]:
+        raise ValueError(f"target.keep_layers must be in 0..{source.num_hidden_layers - 1}, got {outside}")
+
+
+def _check_heads(source: LlamaShape, sizes: dict[str, int]) -> None:
+    heads, keys = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    group = source.num_attention_heads // source.num_key_value_heads
+    if heads % keys or heads // keys > group:
+        allowed = [keys * size for size in range(1, group + 1)]
+        raise ValueError(
+            f"target.num_attention_heads must give each of the {keys} KV heads between 1 and {group} of the query "
+            f"heads that read it in the source: {_nearest(heads, allowed)}; got {heads}"
+        )
+    if sizes["hidden_size"] % heads:
+        allowed = list(range(heads, source.hidden_size + 1, heads))
+        raise ValueError(
+            f"target.hidden_size must be a multiple of num_attention_heads={heads} (LlamaConfig refuses others): "
+            f"{_nearest(sizes['hidden_size'], allowed)}; got {sizes['hidden_size']}"
+        )
+    if source.head_dim % sizes["head_dim"] or sizes["head_dim"] % 2:
+        allowed = [size for size in range(2, source.head_dim + 1, 2) if source.head_dim % size == 0]
+        raise ValueError(
+            f"target.head_dim must be even and divide the source's {source.head_dim}, so that rotary frequencies stay: "
+            f"{_nearest(sizes['head_dim'], allowed)}; got {sizes['head_dim']}"
+        )
+
+
+def _nearest(value: int, allowed: Sequence[int]) -> str:
+    """The closest allowed value below and above ``value``."""
+    below, above = [v for v in allowed if v <= value][-1:], [v for v in allowed if v > value][:1]
+    return "nearest are " + " and ".join(map(str, below + above)) if below + above else "there is none"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Indices into the source's tensors, in the order in which the result holds them."""
+
+    source: LlamaShape
+    target: LlamaShape
+    layers: Tensor
+    """[L]"""
+    hidden: Tensor
+    """[D], one set for the whole residual stream."""
+    mlp: Tensor
+    """[L, F]"""
+    heads: Tensor
+    """[L, H], KV group by KV group."""
+    kv_heads: Tensor
+    """[L, K]"""
+    pairs: Tensor
+    """[L, K, E / 2], rotary pairs of queries and keys: pair j is channels j and j + head_dim / 2."""
+    values: Tensor
+    """[L, K, E], channels of values and of o_proj's input."""
+    norm_gain: Tensor
+    """[2 L + 1], factors of the RMSNorm weights: layer by layer, the final norm last."""
+    output_rows: Tensor | None = None
+    """Rows of the output matrix; ``None``: all."""
+    rope: Rope = Rope.parent
+    tie: Tie | None = None
+    """How two matrices become one; ``None`` where the result has as many as the source, or two copies of one."""
+    head_covariance: Tensor | None = None
+    """[D, D], for ``tie=least_squares``."""
+    scores: dict[str, str] = field(default_factory=dict)
+    """By what each axis was ranked."""
+
+    @property
+    def query_scale(self) -> float:
+        """Factor of q_proj: the kernel divides logits by sqrt(head size), which is now another."""
+        return float((self.target.head_dim / self.source.head_dim) ** 0.5)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plan's tensors by name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its long index lists, for ``llamita.json``."""
+        return {
+            "source": dataclasses.asdict(self.source),
+            "target": dataclasses.asdict(self.target),
+            "parameters_before": self.source.num_parameters,
+            "parameters_after": self.target.num_parameters,
+            "layers": self.layers.tolist(),
+            "heads": self.heads.tolist(),
+            "kv_heads": self.kv_heads.tolist(),
+            "output_rows": None if self.output_rows is None else self.output_rows.tolist(),
+            "rope": self.rope,
+            "tie": self.tie,
+            "scores": self.scores,
+        }
+
+    def __str__(self) -> str:
+        """What is kept, axis by axis."""
+        lines = [f"{self.source.num_parameters:,} -> {self.target.num_parameters:,} parameters"]
+        for name in SIZES:
+            before, after = getattr(self.source, name), getattr(self.target, name)
+            lines.append(f"  {name:<22} {before:>7}" + (f" -> {after}" if after != before else ""))
+        lines.append(f"  layers kept            {self.layers.tolist()}")
+        if self.tie is not None:
+            lines.append(f"  embedding and head     tied by {self.tie}")
+        if self.output_rows is not None:
+            lines.append(f"  output rows            {len(self.output_rows)} of {self.source.vocab_size}")
+        return "\n".join(lines)
+
+    def diff(self, other: Plan) -> dict[str, float]:
+        """For each set of indices of equal shape, the share of entries of ``self`` that ``other`` keeps as well.
+
+        Sets are compared layer by layer of the source; a layer that only one plan keeps shares nothing.
+        """
+        shares: dict[str, float] = {}
+        theirs = {layer: row for row, layer in enumerate(other.layers.tolist())}
+        for name in ("layers", "hidden"):
+            shares[name] = _share(getattr(self, name), getattr(other, name))
+        for name in ("mlp", "heads", "kv_heads"):
+            mine = getattr(self, name)
+            parts = [
+                _share(mine[row], getattr(other, name)[theirs[layer]]) if layer in theirs else 0.0
+                for row, layer in enumerate(self.layers.tolist())
+            ]
+            shares[name] = sum(parts) / len(parts)
+        return shares
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.safetensors`` into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rest = {
+            "format": FORMAT,
+            "source": dataclasses.asdict(self.source),
+            "target": dataclasses.asdict(self.target),
+            "rope": self.rope,
+            "tie": self.tie,
+            "scores": self.scores,
+        }
+        checkpoints.write_tensors(folder / FILE, self.tensors(), {"plan": json.dumps(rest, sort_keys=True)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read the plan in ``folder``.
+
+        Raises:
+            ValueError: there is none, or it is of another format.
+        """
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{folder} holds no {FILE}")
+        tensors, metadata = checkpoints.read_tensors(folder / FILE)
+        rest = json.loads(metadata.get("plan", "{}"))
+        if rest.get("format") != FORMAT:
+            raise ValueError(f"{folder / FILE} has format {rest.get('format')}, this program reads {FORMAT}")
+        return cls(
+            source=LlamaShape(**rest["source"]),
+            target=LlamaShape(**rest["target"]),
+            rope=Rope(rest["rope"]),
+            tie=Tie(rest["tie"]) if rest["tie"] else None,
+            scores=rest["scores"],
+            **tensors,
+        )
+
+
+def _share(mine: Tensor, theirs: Tensor) -> float:
+    return float(torch.isin(mine, theirs).double().mean())
+
+
+def make(scores: Scores | None, source: LlamaShape, target: TargetConfig, kinds: ScoreConfig) -> Plan:
+    """The units of highest score that fit ``target``; an axis that is not cut needs no scores.
+
+    Raises:
+        ValueError: as :func:`target_shape`, or a score that is needed was not measured.
+    """
+    shape = target_shape(source, target)
+    layers = _layers(scores, source, shape, target, kinds)
+    hidden = _hidden(scores, source, shape, layers, kinds)
+    mlp = _mlp(scores, source, shape, layers, kinds)
+    kv_heads, heads = _heads(scores, source, shape, layers, kinds)
+    tie = _tie(scores, source, shape, target)
+    covariance = None
+    if tie is Tie.least_squares:
+        covariance = _measured(scores)["head.covariance"][hidden][:, hidden].contiguous()
+    rows = None if target.output_rows is None else torch.tensor(target.output_rows)
+    return Plan(
+        source=source,
+        target=shape,
+        layers=layers,
+        hidden=hidden,
+        mlp=mlp,
+        heads=heads,
+        kv_heads=kv_heads,
+        pairs=_pairs(scores, source, shape, layers, heads, kv_heads, target.pairs),
+        values=_values(scores, source, shape, layers, heads, kv_heads, kinds),
+        norm_gain=_gains(scores, source, layers, hidden),
+        output_rows=rows,
+        rope=target.rope,
+        tie=tie,
+        head_covariance=covariance,
+        scores={name: str(getattr(kinds, name)) for name in ("mlp", "attention", "hidden", "layers")},
+    )
+
+
+def _measured(scores: Scores | None) -> Scores:
+    if scores is None:
+        raise ValueError("this target needs scores: set calibration.path or scores.path")
+    return scores
+
+
+def _top(scores: Tensor, number: int) -> Tensor:
+    """Rising indices of the ``number`` highest entries of the last axis; equals go to the lowest index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :number].sort(dim=-1).values
+
+
+def _layers(
+    scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig, kinds: ScoreConfig
+) -> Tensor:
+    if target.keep_layers is not None:
+        return torch.tensor(target.keep_layers)
+    if shape.num_hidden_layers == source.num_hidden_layers:
+        return torch.arange(source.num_hidden_layers)
+    return _top(_measured(scores)[f"layers.{kinds.layers}"], shape.num_hidden_layers)
+
+
+def _hidden(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
+    """Channels by their score summed over both norms of the layers that stay."""
+    if shape.hidden_size == source.hidden_size:
+        return torch.arange(source.hidden_size)
+    score = _measured(scores)[f"hidden.{kinds.hidden}"][layers].sum((0, 1))
+    return _top(score, shape.hidden_size)
+
+
+def _mlp(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
+    if shape.intermediate_size == source.intermediate_size:
+        return torch.arange(source.intermediate_size).expand(len(layers), -1).contiguous()
+    return _top(_measured(scores)[f"mlp.{kinds.mlp}"][layers], shape.intermediate_size)
+
+
+def _heads(
+    scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig
+) -> tuple[Tensor, Tensor]:
+    """KV heads by the norm of their best query heads' scores, and those query heads: each keeps its own KV head."""
+    number, keys = len(layers), source.num_key_value_heads
+    group = source.num_attention_heads // keys
+    keep = shape.num_attention_heads // shape.num_key_value_heads
+    all_heads = torch.arange(source.num_attention_heads).view(1, keys, group).expand(number, -1, -1)
+    if keep == group and shape.num_key_value_heads == keys:
+        return torch.arange(keys).expand(number, -1).contiguous(), all_heads.flatten(1).contiguous()
+    score_LHE = _measured(scores)[f"attention.{kinds.attention}"][layers]
+    score_LKG = score_LHE.square().sum(-1).view(number, keys, group)
+    inside = _top(score_LKG, keep)
+    best = score_LKG.gather(2, inside).sum(-1)
+    kv_heads = _top(best, shape.num_key_value_heads)
+    heads = all_heads.gather(2, inside).gather(1, kv_heads[..., None].expand(-1, -1, keep))
+    return kv_heads, heads.flatten(1).contiguous()
+
+
+def _pairs(
+    scores: Scores | None,
+    source: LlamaShape,
+    shape: LlamaShape,
+    layers: Tensor,
+    heads: Tensor,
+    kv_heads: Tensor,
+    kind: Pairs,
+) -> Tensor:
+    ratio, pairs = source.head_dim // shape.head_dim, shape.head_dim // 2
+    first = torch.arange(0, source.head_dim // 2, ratio).expand(*kv_heads.shape, -1).contiguous()
+    if ratio == 1 or kind is Pairs.first:
+        return first
+    measured = _measured(scores)
+    query, key = measured["rotary.query"][layers], measured["rotary.key"][layers]
+    query_LKP = _by_group(_rows(query, heads), kv_heads).sum(2)
+    energy = (query_LKP * _rows(key, kv_heads)).view(*kv_heads.shape, pairs, ratio)
+    strongest: Tensor = first + energy.argmax(-1)
+    return strongest
+
+
+def _values(
+    scores: Scores | None,
+    source: LlamaShape,
+    shape: LlamaShape,
+    layers: Tensor,
+    heads: Tensor,
+    kv_heads: Tensor,
+    kinds: ScoreConfig,
+) -> Tensor:
+    """Value channels of each KV head by the norm of their scores over the query heads that are kept."""
+    if shape.head_dim == source.head_dim:
+        return torch.arange(source.head_dim).expand(*kv_heads.shape, -1).contiguous()
+    score_LHE = _rows(_measured(scores)[f"attention.{kinds.attention}"][layers], heads)
+    score_LKE = _by_group(score_LHE.square(), kv_heads).sum(2)
+    return _top(score_LKE, shape.head_dim)
+
+
+def _rows(tensor_LHE: Tensor, index_LH: Tensor) -> Tensor:
+    """For each layer its rows of that index."""
+    return tensor_LHE.gather(1, index_LH[..., None].expand(-1, -1, tensor_LHE.shape[-1]))
+
+
+def _by_group(tensor_LHE: Tensor, kv_heads: Tensor) -> Tensor:
+    """[L, K, query heads of the group, E]"""
+    return tensor_LHE.view(*kv_heads.shape, -1, tensor_LHE.shape[-1])
+
+
+def _gains(scores: Scores | None, source: LlamaShape, layers: Tensor, hidden: Tensor) -> Tensor:
+    norms = torch.cat([torch.stack([2 * layers, 2 * layers + 1], 1).flatten(), torch.tensor([-1])])
+    if len(hidden) == source.hidden_size:
+        return torch.ones(len(norms), dtype=torch.float64)
+    measured = _measured(scores)
+    energies, epsilons = measured["norm.energy"], measured["norm.epsilon"]
+    return torch.stack([norm_gain(energies[norm], epsilons[norm], hidden) for norm in norms.tolist()])
+
+
+def _tie(scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> Tie | None:
+    if source.tie_word_embeddings or not shape.tie_word_embeddings:
+        return None
+    if target.tie is not None:
+        return target.tie
+    return Tie.least_squares if scores is not None and "head.covariance" in scores.tensors else Tie.mean

@@ -1,0 +1,1 @@
+"""Run directories as one offline page, pictures and a terminal table."""

@@ -1,0 +1,470 @@
+"""What run directories tell: models with their roles and quality, curves, what pruning kept, lineage.
+
+Everything is read from ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``DONE.json``, ``llamita.json``,
+``evaluation.json`` and the tensors of plan and scores; whatever is not there is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from llamita import checkpoints, runs
+from llamita.shapes import LlamaShape
+
+Array = NDArray[Any]
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its standard error, where that is known."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """A directory that a stage read."""
+
+    name: str
+    sha256: str
+    path: str | None = None
+
+    @property
+    def keys(self) -> set[str]:
+        """As of :class:`Stage`."""
+        return {self.sha256} | ({str(Path(self.path).resolve())} if self.path else set())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One directory that was given, under its display name."""
+
+    name: str
+    path: Path
+    recipe: str | None
+    """``None`` for a model directory that no recipe wrote."""
+    settings: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    done: dict[str, Any] | None
+    """``None`` while the stage is not finished."""
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    shape: LlamaShape | None
+    sha256: str | None
+    """Content hash of its model, where a run wrote one."""
+
+    @property
+    def keys(self) -> set[str]:
+        """By what other directories may call its model: content hash and place."""
+        return {str(self.path.resolve())} | ({self.sha256} if self.sha256 else set())
+
+    @property
+    def parents(self) -> list[Parent]:
+        """What the stage read, by ``llamita.json`` where there is one, else by ``DONE.json``."""
+        listed = self.provenance.get("parents") or (self.done or {}).get("parents") or {}
+        parents = []
+        for name, entry in listed.items():
+            if isinstance(entry, Mapping):
+                parents.append(Parent(name=name, sha256=str(entry.get("sha256")), path=entry.get("path")))
+            else:
+                parents.append(Parent(name=name, sha256=str(entry)))
+        return parents
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it was trained on."""
+        seen = [row["data/tokens"] for row in self.metrics if "data/tokens" in row]
+        return int(max(seen)) if seen else None
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+        return int(self.identity.get("restarts", 0))
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time from the first start to the end, pauses between restarts included."""
+        created = self.identity.get("created")
+        if created is None or self.done is None or "finished" not in self.done:
+            return None
+        finished = datetime.datetime.fromisoformat(self.done["finished"]).timestamp()
+        return max(0.0, finished - float(created))
+
+
+def read_stage(name: str, path: Path) -> Stage:
+    """Read one directory.
+
+    Raises:
+        ValueError: it is neither a run directory nor a model directory, or a file in it is damaged.
+    """
+    if not path.is_dir():
+        raise ValueError(f"runs.{name}={path} is not a directory")
+    config, model = path / "config.yaml", path / "config.json"
+    if not config.is_file() and not model.is_file():
+        raise ValueError(f"runs.{name}={path} is neither a run directory (config.yaml) nor a model (config.json)")
+    saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    done = runs.read_json(path / "DONE.json") if (path / "DONE.json").is_file() else None
+    whole = model.is_file() and (done is not None or not config.is_file())
+    return Stage(
+        name=name,
+        path=path,
+        recipe=saved.get("recipe"),
+        settings=saved.get("settings") or {},
+        metrics=runs.read_metrics(path) if (path / "metrics.jsonl").is_file() else [],
+        done=done,
+        identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
+        provenance=_optional_json(path / checkpoints.PROVENANCE),
+        shape=LlamaShape.from_config(runs.read_json(model)) if whole else None,
+        # Of a run's directory DONE.json knows the hashes; a foreign one would have to be read whole.
+        sha256=checkpoints.content_hash(path) if model.is_file() and done is not None else None,
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return dict(runs.read_json(path)) if path.is_file() else {}
+
+
+class Role(StrEnum):
+    """What a model is in the story that the page tells."""
+
+    teacher = "teacher"
+    pruned = "pruned"
+    distilled = "distilled"
+    baseline = "baseline"
+    other = "model"
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A model with all that is known about it."""
+
+    name: str
+    role: Role
+    shape: LlamaShape | None = None
+    stage: Stage | None = None
+    values: dict[str, Estimate] = field(default_factory=dict)
+    """``bits_per_byte``, ``perplexity``, ``kl``, ``top1_agree``, ``loss``."""
+    tasks: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    recovered: float | None = None
+    """Share of the bits per byte lost by pruning that were won back."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it was trained on, as far as a run tells."""
+        return 0 if self.role is Role.pruned else self.stage.tokens if self.stage else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A held-out value of one model over the tokens that it was trained on."""
+
+    model: Model
+    tokens: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Which units of the source a pruned model has, and how important each was; importance may be unknown."""
+
+    name: str
+    source: LlamaShape
+    target: LlamaShape
+    layers: Array
+    """[layers of the source], whether kept."""
+    heads: Array
+    """[layers, query heads]"""
+    mlp: Array
+    """[layers, intermediate size]"""
+    hidden: Array
+    """[hidden size]"""
+    layer_scores: Array | None
+    head_scores: Array | None
+    mlp_scores: Array | None
+    hidden_scores: Array | None
+    kinds: dict[str, str]
+    """By what each axis was ranked."""
+
+    @property
+    def hidden_share(self) -> float | None:
+        """Share of the channels' summed importance that was kept."""
+        if self.hidden_scores is None or not self.hidden_scores.sum():
+            return None
+        return float(self.hidden_scores[self.hidden].sum() / self.hidden_scores.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the page shows."""
+
+    stages: list[Stage]
+    models: list[Model]
+    curves: list[Curve]
+    curve_set: str | None
+    """Name of the held-out set of the curves."""
+    kept: list[Kept]
+    differences: list[dict[str, Any]]
+    """Paired differences between models, as ``evaluation.json`` has them."""
+    data: dict[str, Any]
+    """The held-out rows of the evaluation."""
+
+    def first(self, role: Role) -> Model | None:
+        """The first model of that role."""
+        return next((model for model in self.models if model.role is role), None)
+
+    @property
+    def result(self) -> Model | None:
+        """The model that the page is about: the best distilled one, else a pruned one."""
+        distilled = [model for model in self.models if model.role is Role.distilled]
+        if distilled:
+            return min(distilled, key=_bits)
+        return self.first(Role.pruned)
+
+
+def _bits(model: Model) -> float:
+    return model.values["bits_per_byte"].value if "bits_per_byte" in model.values else math.inf
+
+
+def gather(paths: Mapping[str, Path]) -> Report:
+    """Read all directories and find out how they belong together.
+
+    Raises:
+        ValueError: as :func:`read_stage`, or there is no directory.
+    """
+    if not paths:
+        raise ValueError("runs must name at least one directory: runs.NAME=PATH")
+    stages = [read_stage(name, path) for name, path in paths.items()]
+    evaluations = [runs.read_json(s.path / EVALUATION) for s in stages if (s.path / EVALUATION).is_file()]
+    models = _models(stages, evaluations)
+    _set_recovered(models)
+    curve_set, curves = _curves(models)
+    return Report(
+        stages=stages,
+        models=models,
+        curves=curves,
+        curve_set=curve_set,
+        kept=[kept for stage in stages if (kept := read_kept(stage)) is not None],
+        differences=[entry for evaluation in evaluations for entry in evaluation.get("differences", [])],
+        data=evaluations[0].get("data", {}) if evaluations else {},
+    )
+
+
+def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -> list[Model]:
+    """Models of the stages and of the evaluations, joined by content hash, place or name; the teacher comes first."""
+    teachers = _teacher_keys(stages, evaluations)
+    models: list[Model] = []
+    for stage in stages:
+        if stage.shape is not None or stage.recipe == "distill":
+            model = Model(name=stage.name, role=_role(stage, stages, teachers), shape=stage.shape, stage=stage)
+            model.values = _last_values(stage)
+            models.append(model)
+    for evaluation in evaluations:
+        for name, entry in evaluation["models"].items():
+            keys = _entry_keys(entry)
+            found = next((m for m in models if m.stage and (m.stage.keys & keys or m.name == name)), None)
+            if found is None:
+                found = Model(name=name, role=Role.teacher if keys & teachers else Role.other, shape=_shape(entry))
+                models.append(found)
+            # One set of rows for all models beats what each saw while it was trained.
+            found.values = {key: Estimate(**value) for key, value in entry["values"].items()}
+            found.tasks |= {
+                task: {metric: Estimate(**value) for metric, value in scores.items()}
+                for task, scores in entry.get("tasks", {}).items()
+            }
+    order = list(Role)
+    return sorted(models, key=lambda model: order.index(model.role))
+
+
+def _entry_keys(entry: Mapping[str, Any]) -> set[str]:
+    return Parent(name="", sha256=entry["sha256"], path=entry.get("path")).keys
+
+
+def _shape(entry: Mapping[str, Any]) -> LlamaShape | None:
+    return LlamaShape(**entry["shape"]) if entry.get("shape") else None
+
+
+def _teacher_keys(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Models that were pruned, taught, or were called the teacher of an evaluation."""
+    keys = set()
+    for evaluation in evaluations:
+        if (name := evaluation.get("teacher")) is not None:
+            keys |= _entry_keys(evaluation["models"][name])
+    for stage in stages:
+        taught = set(stage.settings.get("teachers") or {}) if stage.recipe == "distill" else set()
+        for parent in stage.parents:
+            if (stage.recipe == "prune" and parent.name == "model") or parent.name in taught:
+                keys |= parent.keys
+    return keys
+
+
+def _role(stage: Stage, stages: Sequence[Stage], teachers: set[str]) -> Role:
+    if stage.keys & teachers:
+        return Role.teacher
+    match stage.recipe:
+        case "prune":
+            return Role.pruned
+        case "distill":
+            pruned = {key for other in stages if other.recipe == "prune" for key in other.keys}
+            from_pruned = not pruned or bool(_student_keys(stage) & pruned)
+            if from_pruned and stage.settings.get("teachers"):
+                return Role.distilled
+            compared = pruned or any(other.settings.get("teachers") for other in stages)
+            return Role.baseline if compared else Role.other
+    return Role.other
+
+
+def _student_keys(stage: Stage) -> set[str]:
+    """Whose weights the student began with, by its record or, while it runs, by its settings."""
+    student = stage.settings.get("student") or {}
+    if student.get("init") == "random":
+        return set()
+    keys = {key for parent in stage.parents if parent.name == "student" for key in parent.keys}
+    path = student.get("path")
+    return keys | ({str(Path(path).resolve())} if path else set())
+
+
+def _last_values(stage: Stage) -> dict[str, Estimate]:
+    """The last held-out values that a run logged itself."""
+    name = _held_out_set(stage.metrics)
+    values: dict[str, Estimate] = {}
+    for ours, theirs in (("bits_per_byte", "bits_per_byte"), ("loss", "loss"), ("kl", "kd")):
+        logged = [row[key] for row in stage.metrics if (key := f"val/{name}/{theirs}") in row]
+        if logged:
+            values[ours] = Estimate(float(logged[-1]))
+    if "loss" in values:
+        values["perplexity"] = Estimate(math.exp(values["loss"].value))
+    return values
+
+
+def _held_out_set(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """The set that curves are drawn for: the first by name."""
+    names = {key.split("/")[1] for row in metrics for key in row if key.startswith("val/") and key.count("/") == 2}
+    return min(names, default=None)
+
+
+def _set_recovered(models: Sequence[Model]) -> None:
+    """Recovered share of the loss: (pruned - model) / (pruned - teacher) in bits per byte."""
+    ends = {role: _bits(model) for model in models for role in (Role.teacher, Role.pruned) if model.role is role}
+    if len(ends) < 2 or not all(map(math.isfinite, ends.values())) or ends[Role.pruned] <= ends[Role.teacher]:
+        return
+    for model in models:
+        if model.role in (Role.distilled, Role.baseline) and math.isfinite(_bits(model)):
+            model.recovered = (ends[Role.pruned] - _bits(model)) / (ends[Role.pruned] - ends[Role.teacher])
+
+
+def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:
+    curves = []
+    used = None
+    for model in models:
+        if model.stage is None or model.role is Role.teacher:
+            continue
+        name = _held_out_set(model.stage.metrics)
+        tokens, values = series(model.stage.metrics, f"val/{name}/bits_per_byte")
+        if len(values) > 1:
+            curves.append(Curve(model=model, tokens=tokens, values=values))
+            used = name
+    return used, curves
+
+
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Values of one metric over the tokens that the run had seen when it logged them."""
+    seen = {row["step"]: row["data/tokens"] for row in metrics if "data/tokens" in row}
+    tokens, values = [], []
+    for row in metrics:
+        if key not in row or not isinstance(row[key], int | float):
+            continue
+        at = row.get("data/tokens", seen.get(row["step"], 0 if row["step"] == 0 else None))
+        if at is not None:
+            tokens.append(float(at))
+            values.append(float(row[key]))
+    return tokens, values
+
+
+def restarts(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Tokens at which a run was started again."""
+    places, previous, tokens = [], None, 0.0
+    for row in metrics:
+        if previous is not None and row["restart"] != previous:
+            places.append(tokens)
+        previous, tokens = row["restart"], float(row.get("data/tokens", tokens))
+    return places
+
+
+def read_kept(stage: Stage) -> Kept | None:
+    """The plan of a pruning stage with the scores that it was made by; ``None`` where there is no plan.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    file = stage.path / "pruning" / "plan.safetensors"
+    if not file.is_file():
+        return None
+    plan, metadata = _tensors(file)
+    rest = json.loads(metadata["plan"])
+    source, target = (_from_dict(rest[name]) for name in ("source", "target"))
+    kinds = dict(rest.get("scores") or {})
+    layers = plan["layers"]
+    scores = _scores(stage)
+
+    def mask(name: str, width: int) -> Array:
+        kept = np.zeros((source.num_hidden_layers, width), dtype=bool)
+        np.put_along_axis(wanted := np.zeros((len(layers), width), dtype=bool), plan[name], True, axis=1)
+        kept[layers] = wanted
+        return kept
+
+    attention = scores.get(f"attention.{kinds.get('attention')}")
+    hidden = scores.get(f"hidden.{kinds.get('hidden')}")
+    return Kept(
+        name=stage.name,
+        source=source,
+        target=target,
+        layers=np.isin(np.arange(source.num_hidden_layers), layers),
+        heads=mask("heads", source.num_attention_heads),
+        mlp=mask("mlp", source.intermediate_size),
+        hidden=np.isin(np.arange(source.hidden_size), plan["hidden"]),
+        layer_scores=scores.get(f"layers.{kinds.get('layers')}"),
+        head_scores=None if attention is None else np.sqrt(np.square(attention).sum(-1)),
+        mlp_scores=scores.get(f"mlp.{kinds.get('mlp')}"),
+        hidden_scores=None if hidden is None else hidden[layers].sum((0, 1)),
+        kinds=kinds,
+    )
+
+
+def _from_dict(fields: Mapping[str, Any]) -> LlamaShape:
+    known = {field.name for field in dataclasses.fields(LlamaShape)}
+    return LlamaShape(**{name: value for name, value in fields.items() if name in known})
+
+
+def _scores(stage: Stage) -> dict[str, Array]:
+    """Scores beside the plan, or of the run that the settings name."""
+    folders = [stage.path / "pruning"]
+    if path := (stage.settings.get("scores") or {}).get("path"):
+        folders += [Path(path), Path(path) / "pruning"]
+    for folder in folders:
+        if (file := folder / "scores.safetensors").is_file():
+            return _tensors(file, but=("head.covariance", "norm.energy"))[0]
+    return {}
+
+
+def _tensors(file: Path, but: Sequence[str] = ()) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys() if name not in but}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short: {error}") from error

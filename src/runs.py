@@ -1,0 +1,725 @@
+"""A stage's directory: one owner, its settings, its seeds, its log and metrics, how it stops, and how it is finished.
+
+A run directory holds ``config.yaml`` (resolved settings), ``run.json`` (its identity, kept over restarts),
+``metrics.jsonl`` (append-only, the source of truth for every dashboard), ``logs/`` and, last of all, ``DONE.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import yaml
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+EXIT_DONE = 0
+EXIT_USER = 64
+"""The user's or the data's error: never requeue."""
+EXIT_NODE = 70
+"""A bad node: requeue elsewhere."""
+EXIT_REQUEUE = 75
+"""Everything is saved and the run wants to go on."""
+
+HEARTBEAT_SECONDS = 30.0
+LEAVE_SECONDS = 30.0
+"""How long a later rank waits at its end for rank 0 to leave first."""
+STALE_SECONDS = 300.0
+"""A lock of another host that was not touched for this long is taken over."""
+
+BATCH_FILES = {"control", "slurm", "plan.json"}
+"""What may be in a run directory before its run: the folders of a batch job, and a plan that was kept."""
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The run was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
+
+
+class WandbMode(StrEnum):
+    """Where the metrics go besides ``metrics.jsonl``."""
+
+    off = "off"
+    auto = "auto"
+    """Online where a key is found, else files for ``wandb sync``."""
+    offline = "offline"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every recipe can be told about its run."""
+
+    seed: int = 0
+    wandb: WandbMode = WandbMode.off
+    project: str = "llamita"
+    """The wandb project."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed must be in 0..{2**32 - 1}, got {self.seed}")
+
+
+def plain(value: Any) -> Any:
+    """Settings as mappings, lists and scalars: what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(root: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each named file below ``root``; reads several files at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: sha256(root / name), names)
+        return {
+            name: {"bytes": (root / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, digests, strict=True)
+        }
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a directory entry to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write ``value`` as indented JSON."""
+    write_atomically(path, json.dumps(plain(value), indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; ``ValueError`` names the file when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def crash_point(name: str) -> None:
+    """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
+
+    Fault-injection tests set it; nothing else does.
+    """
+    wanted = os.environ.get("LLAMITA_CRASH_AT")
+    if wanted is None:
+        return
+    target, _, rest = wanted.partition(":")
+    occurrence, _, rank = rest.partition(":")
+    if name != target or (rank and rank != os.environ.get("RANK", "0")):
+        return
+    _crash_counts[name] = _crash_counts.get(name, 0) + 1
+    if _crash_counts[name] == int(occurrence or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_crash_counts: dict[str, int] = {}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0 of the launch, before any process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_done(path: Path) -> dict[str, Any]:
+    """The ``DONE.json`` of a finished directory.
+
+    Raises:
+        ValueError: there is none, or a file it lists is missing or has another size.
+    """
+    marker = path / "DONE.json"
+    if not marker.is_file():
+        raise ValueError(f"{path} is not a finished directory: it has no DONE.json")
+    done: dict[str, Any] = read_json(marker)
+    for name, entry in done["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, {marker} says {entry['bytes']}: the directory was changed")
+    return done
+
+
+class StopSignal:
+    """Remembers that the run was asked to stop: by a signal, or by a file in the run directory.
+
+    The file is ``control/stop``, written by hand, or ``control/stop-<job>-<restart>``, written by the batch script of
+    that start of that Slurm job: one that was meant for an earlier start does not stop a later one.
+
+    Handlers only set a flag. Who owns the loop combines the flag over ranks at a step boundary, so that all ranks
+    save the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self, path: Path) -> None:
+        job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+        self._control = path / "control"
+        self._files = [self._control / "stop"] + ([self._control / f"stop-{job}-{start}"] if job else [])
+        self._flag = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def forget_earlier(self) -> None:
+        """Remove what stopped an earlier start; what was meant for this one stays."""
+        for file in self._control.glob("stop*"):
+            if file not in self._files[1:]:
+                file.unlink(missing_ok=True)
+
+    def install(self) -> None:
+        """Handle the stop signals; does nothing outside the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+            # A forked worker that only noted SIGTERM would outlive its pool's terminate(), which then waits for ever.
+            os.register_at_fork(after_in_child=self.restore)
+
+    def restore(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._flag.is_set():
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self._flag.set()
+
+    def is_set(self) -> bool:
+        """Whether a stop was asked for on this rank."""
+        return self._flag.is_set() or any(file.exists() for file in self._files)
+
+
+class Lock:
+    """One process at a time owns a run directory.
+
+    The lock file names host, process and Slurm job. A lock whose process is dead on this host, that belongs to this
+    same Slurm job, or that was not touched for ``STALE_SECONDS`` is taken over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path / ".lock"
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Own the directory.
+
+        Raises:
+            ValueError: another live run owns it.
+        """
+        mine = self._mine()
+        for _ in range(3):
+            try:
+                handle = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                if (owner := self.dead_owner()) is not None:
+                    self._take_over(owner)
+                continue
+            with os.fdopen(handle, "w") as file:
+                json.dump(mine, file)
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+            return
+        raise ValueError(f"out={self._file.parent} is being taken by another run; choose another out")
+
+    def _take_over(self, owner: Mapping[str, Any]) -> None:
+        """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
+        grave = self._file.with_name(f".lock-{secrets.token_hex(4)}")
+        try:
+            self._file.rename(grave)
+        except FileNotFoundError:
+            return
+        if _owner_in(grave) != owner:
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, self._file)
+        else:
+            log.warning("taking over %s from a run that ended without a word: %s", self._file.parent, owner)
+        grave.unlink()
+
+    @staticmethod
+    def _mine() -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+
+    def dead_owner(self) -> dict[str, Any] | None:
+        """Who left the lock and is gone; ``None`` where there is no lock.
+
+        Raises:
+            ValueError: the owner is alive.
+        """
+        mine = self._mine()
+        try:
+            owner, age = _owner_in(self._file), time.time() - self._file.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        same_host = owner.get("host") == mine["host"]
+        dead = same_host and _process_start(owner["pid"]) != owner.get("started")
+        same_job = mine["job"] is not None and owner.get("job") == mine["job"] and not same_host
+        # Silence proves nothing of a process that can be seen to live on this host.
+        silent = age > STALE_SECONDS and not (same_host and owner.get("started") is not None)
+        if dead or same_job or silent:
+            return owner
+        raise ValueError(
+            f"out={self._file.parent} is owned by another run: process {owner.get('pid')} on {owner.get('host')}; "
+            "wait for it, stop it, or choose another out"
+        )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self._file)
+            except FileNotFoundError:
+                return
+            except OSError:
+                continue  # a network file system that is away for a moment
+
+    def release(self) -> None:
+        """Give the directory up."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            with contextlib.suppress(FileNotFoundError):
+                if self._file.read_text() == json.dumps(self._mine()):
+                    self._file.unlink()
+
+
+def _owner_in(file: Path) -> dict[str, Any]:
+    """Who a lock names; nobody where its writer died in the middle of it."""
+    try:
+        owner: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError:
+        return {}
+    return owner
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this host started, in clock ticks since boot; ``None`` if there is none (or no /proc)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+class Run:
+    """A stage at work in its directory. Make it with :func:`start`."""
+
+    def __init__(self, path: Path, recipe: str, settings: Mapping[str, Any], config: RunConfig) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.settings = dict(settings)
+        self.config = config
+        self.stop = StopSignal(path)
+        self.identity: dict[str, Any] = {}
+        self.done = False
+        """Whether the directory already holds the finished result of these very settings."""
+        self._metrics = path / "metrics.jsonl"
+        self._wandb: Any = None
+
+    def log(self, metrics: Mapping[str, float | int | str], *, step: int = 0) -> None:
+        """Append one line of metrics; on rank 0 only."""
+        if not is_main_process():
+            return
+        row = {"step": step, "time": time.time(), "restart": self.identity["restarts"], **metrics}
+        line = json.dumps(row) + "\n"
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+        if self._wandb is not None:
+            try:
+                self._wandb.log(dict(metrics), step=step)
+            except Exception as error:
+                log.warning("wandb failed and is left alone from here on; metrics.jsonl has everything: %s", error)
+                self._wandb = None
+
+    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+        """Give the items; for stages that are short enough to be done again.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        for item in items:
+            if self.stop.is_set():
+                raise Stopped(f"stopped in {self.path}: run the same command again, which begins this stage anew")
+            yield item
+
+    def finish(
+        self,
+        files: Collection[str],
+        *,
+        parents: Mapping[str, str] | None = None,
+        summary: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Publish: sync ``files`` (names below the run directory) and write ``DONE.json`` last.
+
+        ``parents`` maps names of directories that this stage read to their content hashes.
+        """
+        if not is_main_process():
+            return
+        for name in files:
+            fsync(self.path / name)
+        fsync(self.path)
+        done = {
+            "recipe": self.recipe,
+            "settings": self.settings,
+            "parents": dict(parents or {}),
+            "summary": dict(summary or {}),
+            "files": sha256_of_files(self.path, sorted(files)),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        crash_point("before_done")
+        write_json(self.path / "DONE.json", done)
+
+    def _open_wandb(self) -> None:
+        if self.config.wandb is WandbMode.off or not is_main_process():
+            return
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has("api.wandb.ai")
+        online = self.config.wandb is WandbMode.auto and has_key
+        try:
+            self._wandb = wandb.init(
+                project=self.config.project,
+                id=self.identity["id"],
+                name=self.path.name,
+                dir=self.path,
+                config=self.settings,
+                resume="allow" if online else None,
+                mode="online" if online else "offline",
+                # The command line and the environment may hold secrets; the settings do not.
+                settings=wandb.Settings(
+                    silent=True, disable_git=True, save_code=False, console="off", x_disable_meta=True
+                ),
+            )
+        except Exception as error:
+            log.warning("wandb could not start; metrics.jsonl has everything: %s", error)
+
+    def _close_wandb(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def _netrc_has(host: str) -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@contextmanager
+def start(
+    path: Path, recipe: str, settings: Mapping[str, Any], config: RunConfig, *, may_change: Collection[str] = ()
+) -> Iterator[Run]:
+    """Own ``path`` for the time of one stage; on leaving, give it up.
+
+    The yielded run has ``done=True`` when the directory already holds the finished result of the same settings: the
+    recipe returns at once. An unfinished directory of the same settings is gone on with. ``may_change`` names dotted
+    settings that may differ on a restart.
+
+    Raises:
+        ValueError: another live run owns the directory, or it holds the work of other settings.
+    """
+    run = Run(path, recipe, plain(settings), config)
+    main = is_main_process()
+    lock = Lock(path)
+    _refuse_foreign_directory(path)
+    if main:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    fresh = not (path / "config.yaml").is_file()
+    try:
+        _check_settings(run, may_change)
+        run.done = (path / "DONE.json").is_file()
+        if run.done:
+            check_done(path)
+            log.info("%s is finished already", path)
+            yield run
+            return
+        _prepare_directory(run, main)
+        handler = _log_to_file(path)
+        run.stop.install()
+        seed_everything(config.seed)
+        run._open_wandb()
+        try:
+            yield run
+        finally:
+            run._close_wandb()  # before a signal could end this process again
+            run.stop.restore()
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    except (ValueError, OSError):
+        if main and fresh:
+            _forget(path)
+        raise
+    finally:
+        lock.release()
+        if main and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        if not main:
+            _wait_for_main_process(path)
+
+
+def _wait_for_main_process(path: Path) -> None:
+    """Leave after rank 0: torchrun ends the others as soon as one process has failed, or asked for another start."""
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while (path / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _forget(path: Path) -> None:
+    """Remove what a first start wrote about itself when it failed before it did any work.
+
+    Otherwise the corrected command would be refused, because the directory belongs to other settings.
+    """
+    written = {"config.yaml", "run.json", "logs", "wandb"}
+    if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
+        for name in written:
+            shutil.rmtree(path / name, ignore_errors=True)
+            if (path / name).is_file():
+                (path / name).unlink()
+        with contextlib.suppress(OSError):
+            (path / "control").rmdir()  # stays where a batch job has put something into it
+
+
+def check_out(path: Path, recipe: str, settings: Mapping[str, Any], *, may_change: Collection[str] = ()) -> None:
+    """Raise the ``ValueError`` that :func:`start` would raise for this directory; nothing is changed."""
+    _refuse_foreign_directory(path)
+    _check_settings(Run(path, recipe, plain(settings), RunConfig()), may_change)
+    Lock(path).dead_owner()
+
+
+def _refuse_foreign_directory(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={path} is a file; it must be a directory")
+    names = {entry.name for entry in path.iterdir()} - BATCH_FILES if path.is_dir() else set()
+    # A later rank may have made logs/ before rank 0 comes here.
+    if names - {"logs"} and not names & {"config.yaml", ".lock"}:
+        raise ValueError(f"out={path} holds files that no run wrote; choose an empty or new directory")
+
+
+def _check_settings(run: Run, may_change: Collection[str]) -> None:
+    """Refuse a directory that holds the work of another recipe or of other settings."""
+    file = run.path / "config.yaml"
+    if not file.is_file():
+        return
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if saved.get("recipe") != run.recipe:
+        raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
+    old, new = _flat(saved["settings"]), _flat(run.settings)
+    allowed = {"out", "run.wandb", "run.project", *may_change}
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in allowed
+    ]
+    if changed:
+        raise ValueError(
+            f"out={run.path} belongs to a run with other settings ({'; '.join(changed)}); "
+            "choose another out, or remove that directory"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _prepare_directory(run: Run, main: bool) -> None:
+    identity = run.path / "run.json"
+    if not main:
+        run.identity = {"restarts": 0}
+        return
+    if identity.is_file():
+        run.identity = read_json(identity)
+        run.identity["restarts"] += 1
+    else:
+        run.identity = {"id": secrets.token_hex(6), "restarts": 0, "created": time.time()}
+    write_json(identity, run.identity)
+    run.stop.forget_earlier()
+    text = yaml.safe_dump({"recipe": run.recipe, "settings": run.settings}, sort_keys=False)
+    write_atomically(run.path / "config.yaml", text)
+    _mend_metrics(run.path / "metrics.jsonl")
+
+
+def _mend_metrics(path: Path) -> None:
+    """Cut off a last line that a crash left half written."""
+    if path.is_file():
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(text.rfind(b"\n") + 1)
+
+
+def _log_to_file(path: Path) -> logging.Handler:
+    folder = path / "logs"
+    folder.mkdir(parents=True, exist_ok=True)  # a later rank may be here before rank 0
+    handler = logging.FileHandler(folder / f"rank-{int(os.environ.get('RANK', '0')):05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``, each step's metric once.
+
+    A run that died after logging and before saving repeats steps after its restart: the rows that a later restart
+    supersedes are left out.
+    """
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line]
+    kept: list[dict[str, Any]] = []
+    earliest: dict[int, int] = {}
+    for row in rows:
+        restart = row["restart"]
+        earliest[restart] = min(earliest.get(restart, row["step"]), row["step"])
+    for row in rows:
+        if all(row["step"] < step for restart, step in earliest.items() if restart > row["restart"]):
+            kept.append(row)
+    return kept
+
+
+class Progress:
+    """How far a loop is: a live bar on a terminal, one plain line every few seconds elsewhere; rank 0 only.
+
+    Under a launcher that watches several stages, ``LLAMITA_PROGRESS`` names a file that always holds the latest state.
+    """
+
+    def __init__(self, name: str, total: int, *, completed: int = 0, every_seconds: float = 15.0) -> None:
+        self.name, self.total = name, total
+        self._completed, self._first = completed, completed
+        self._every, self._started, self._said = every_seconds, time.monotonic(), time.monotonic()
+        self._file = os.environ.get("LLAMITA_PROGRESS")
+        self._bar: Any = None
+        if is_main_process() and self._file is None and sys.stderr.isatty():
+            self._bar = progress_bars()
+            self._task = self._bar.add_task(name, total=total, completed=completed, note="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif is_main_process() and self._completed > self._first:
+            self._say("")
+
+    def update(self, completed: int, note: str = "") -> None:
+        """Say that ``completed`` of the total are done."""
+        self._completed = completed
+        if not is_main_process():
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, note=note)
+        elif time.monotonic() - self._said >= (0.5 if self._file else self._every):
+            self._say(note)
+
+    def _say(self, note: str) -> None:
+        self._said = time.monotonic()
+        if self._file:
+            state = {"name": self.name, "completed": self._completed, "total": self.total, "note": note}
+            temporary = Path(f"{self._file}.tmp")
+            temporary.write_text(json.dumps(state))
+            temporary.replace(self._file)
+            return
+        elapsed = self._said - self._started
+        rate = (self._completed - self._first) / max(elapsed, 1e-9)
+        left = f"{(self.total - self._completed) / rate:.0f} s left" if rate > 0 else ""
+        print(f"{self.name}: {self._completed}/{self.total}  {note}  {elapsed:.0f} s gone, {left}", flush=True)
+
+
+def progress_bars() -> Any:
+    """Rich's bars with the columns that every recipe shows; a task has a ``note``."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,101 @@
+"""What the multi-process tests run on each rank: the toy problem under DDP and every ZeRO stage, in one launch.
+
+torchrun --nproc-per-node 2 tests/distill/processes/ranks.py FOLDER PHASE...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy
+from accelerate.state import AcceleratorState, GradientState
+
+from llamita import runs
+from llamita.distill.engines import DeepSpeedConfig, Precision
+
+torch.set_num_threads(1)
+faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "150")), exit=True)
+
+
+RANK = int(os.environ["RANK"])
+
+
+def zero(stage: int) -> DeepSpeedConfig:
+    """That stage; stage 3 spreads every tensor, which it would leave whole below a hundred thousand values."""
+    more = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    return DeepSpeedConfig(stage=stage, config=more)
+
+
+def curve(out: Path, **arguments: Any) -> dict[str, Any]:
+    """Train, and report the losses, the final weights, and whether both ranks hold the same."""
+    job = toy.go(out, **arguments)
+    final = toy.weights(job.engine)
+    together = torch.cat([tensor.float().flatten() for tensor in final.values()])
+    gathered = job.accelerator.gather(together[None].to(job.accelerator.device))
+    rows = runs.read_metrics(out) if job.accelerator.is_main_process else []
+    return {
+        "equal_ranks": bool((gathered == gathered[0]).all()),
+        "digest": toy.digest(job.engine),
+        "rows": rows,
+        "weights": together.tolist(),
+        "rotary": str(job.engine.student.model.rotary_emb.inv_freq.dtype),
+        "spread": all(p.numel() == 0 for p in job.engine.student.parameters()),
+    }
+
+
+def forget_launch() -> None:
+    """Let the next phase make an accelerator of another kind in this process."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+
+
+def phase(name: str, folder: Path) -> dict[str, Any]:
+    out = folder / name
+    match name:
+        case "ddp":
+            return curve(out)
+        case "ddp_micro":
+            return curve(out, micro_batch_rows=1)
+        case "zero1" | "zero2" | "zero3":
+            return curve(out, micro_batch_rows=2, deepspeed=zero(int(name[-1])))
+        case "zero3_bfloat16":
+            return curve(
+                out,
+                micro_batch_rows=4,
+                precision=Precision.bfloat16,
+                activation_checkpointing=True,
+                deepspeed=zero(3),
+            )
+        case "zero1_bfloat16":
+            return curve(out, micro_batch_rows=4, precision=Precision.bfloat16, deepspeed=zero(1))
+        case "zero2_resume" | "zero3_resume":
+            arguments = {"micro_batch_rows": 2, "deepspeed": zero(int(name[4]))}
+            with contextlib.suppress(runs.Stopped):
+                toy.go(out, source=toy.Interrupted(batch=8, micro=2, rank=RANK, world=2), **arguments)
+            forget_launch()
+            return curve(out, **arguments)
+        case "stop":
+            code = runs.EXIT_DONE
+            try:
+                toy.go(out, source=toy.Interrupted(batch=8, micro=8, rank=RANK, world=2, only_rank=1))
+            except runs.Stopped:
+                code = runs.EXIT_REQUEUE
+            (folder / f"code-{RANK}").write_text(str(code))
+            sys.exit(code)
+    raise ValueError(name)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    results = {}
+    for wanted in sys.argv[2:]:
+        results[wanted] = phase(wanted, target)
+        forget_launch()
+    (target / f"rank-{RANK}.json").write_text(json.dumps(results))

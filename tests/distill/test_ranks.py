@@ -1,0 +1,146 @@
+"""Two processes: data parallel and every ZeRO stage learn what one process learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from llamita import runs
+
+HERE = Path(__file__).resolve().parent / "processes"
+TYPINGS = Path(__file__).resolve().parents[2] / "typings"
+BFLOAT16 = ("zero1_bfloat16", "zero3_bfloat16")
+PHASES = ("ddp", "ddp_micro", "zero1", "zero2", "zero3", *BFLOAT16, "zero2_resume", "zero3_resume")
+
+
+def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
+    """``ranks.py`` on several processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    paths = [str(TYPINGS), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(paths), **environment}
+    return subprocess.Popen(
+        [*command, str(HERE / "ranks.py"), *arguments],
+        env=env,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks say about each phase."""
+    folder = tmp_path_factory.mktemp("ranks")
+    finished(launch(str(folder), *PHASES))
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Rows of the log and final weights of the same problem on one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    job = toy.go(out)
+    return runs.read_metrics(out), torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_ranks_hold_equal_parameters(phase: str, results: list[dict[str, Any]]) -> None:
+    first, second = (result[phase] for result in results)
+    assert first["equal_ranks"]
+    assert first["digest"] == second["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase not in BFLOAT16])
+def test_two_processes_learn_what_one_learns(
+    phase: str, results: list[dict[str, Any]], alone: tuple[list[dict[str, Any]], torch.Tensor]
+) -> None:
+    rows, weights = alone
+    got = results[0][phase]
+    for name in ("train/loss", "train/ce", "train/kd", "optim/grad_norm", "val/held/loss", "val/held/bits_per_byte"):
+        curves = [{row["step"]: row[name] for row in lines if name in row} for lines in (got["rows"], rows)]
+        assert curves[0].keys() == curves[1].keys()
+        assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    torch.testing.assert_close(torch.tensor(got["weights"]), weights, rtol=1e-4, atol=1e-5)
+    assert [row["data/tokens"] for row in got["rows"] if "data/tokens" in row] == [96 * step for step in range(1, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", BFLOAT16)
+def test_bfloat16_under_zero_stays_near(
+    phase: str, results: list[dict[str, Any]], alone: tuple[list[dict[str, Any]], torch.Tensor]
+) -> None:
+    """Stage 3 with activation checkpointing too."""
+    curves = [
+        {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        for rows in (results[0][phase]["rows"], alone[0])
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=0.03)
+    assert results[0][phase]["rotary"] == "torch.float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_stage_3_alone_leaves_no_tensor_whole(phase: str, results: list[dict[str, Any]]) -> None:
+    assert all(result[phase]["spread"] == phase.startswith("zero3") for result in results)
+
+
+@pytest.mark.slow
+def test_a_stop_on_one_rank_saves_on_both_and_one_process_goes_on(
+    tmp_path: Path, alone: tuple[list[dict[str, Any]], torch.Tensor]
+) -> None:
+    """SIGTERM to one rank only; then the rest on one process with the same global batch."""
+    process = launch(str(tmp_path), "stop")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0, out + err  # torchrun itself ends with 1 when ranks do not end with 0
+    codes = [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)]
+    assert codes == ["75", "75"], out + err
+    assert (tmp_path / "stop/checkpoints/LATEST").read_text() == "step-3\n"
+    job = toy.go(tmp_path / "stop")
+    rows = runs.read_metrics(tmp_path / "stop")
+    curves = [{r["step"]: r["train/loss"] for r in lines if "train/loss" in r} for lines in (rows, alone[0])]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    final = torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
+    torch.testing.assert_close(final, alone[1], rtol=1e-4, atol=1e-5)
+
+
+CRASHES = (
+    "mid_checkpoint:2",
+    "before_manifest:2",
+    "before_rename:2",
+    "after_rename:2",
+    "before_pointer:2",
+    "during_purge:1",
+)
+
+
+@pytest.mark.slow
+def test_sigkill_anywhere_in_the_saver_costs_nothing(tmp_path: Path) -> None:
+    """One helper process forks a child per crash point: importing torch anew each time would take minutes."""
+    script = HERE / "crashes.py"
+    env = {**os.environ, "PYTHONPATH": str(TYPINGS), "OMP_NUM_THREADS": "1"}
+    got = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *CRASHES], env=env, text=True, capture_output=True, timeout=300
+    )
+    assert got.returncode == 0, got.stdout + got.stderr
+    reports = json.loads((tmp_path / "report.json").read_text())
+    assert [report["killed"] for report in reports] == [True] * len(CRASHES)
+    for report in reports:
+        assert report["digest"] == report["expected"], report
+        assert report["curve"] == report["expected_curve"], report
+        assert report["leftovers"] == [], report

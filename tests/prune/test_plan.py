@@ -1,0 +1,370 @@
+"""Targets, the configurations they give, and which units a plan keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from conftest import REPOSITORY, tiny_config
+from llamita import checkpoints
+from llamita.prune import plan, surgery
+from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
+from llamita.prune.plan import Pairs, Plan, Rope, ScoreConfig, TargetConfig, Tie
+from llamita.shapes import PUBLISHED, LlamaShape
+
+GUARD_IDS = [19193, 39257, 198, 271, 50, 11, 16, 17, 18, 19, 20, 21, 22, 23, 24, 605, 806, 717, 1032, 128009]
+SHAPE = checkpoints.shape_of(tiny_config())
+
+
+def target(name: str, **changes: Any) -> TargetConfig:
+    fields = yaml.safe_load((REPOSITORY / "configs" / "target" / f"{name}.yaml").read_text())
+    return TargetConfig(**{**fields, **changes})
+
+
+def random_scores(shape: LlamaShape, seed: int = 0) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.rand(sizes, generator=generator, dtype=torch.float64)
+
+    layers, hidden, heads = shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads
+    tensors = {
+        "layers.block_influence": draw(layers),
+        "mlp.norm_product": draw(layers, shape.intermediate_size),
+        "mlp.activation": draw(layers, shape.intermediate_size),
+        "attention.norm_product": draw(layers, heads, shape.head_dim),
+        "hidden.activation": draw(layers, 2, hidden),
+        "rotary.query": draw(layers, heads, shape.head_dim // 2),
+        "rotary.key": draw(layers, shape.num_key_value_heads, shape.head_dim // 2),
+        "norm.energy": draw(2 * layers + 1, hidden),
+        "norm.epsilon": draw(2 * layers + 1),
+    }
+    return Scores(tensors=tensors, info={})
+
+
+def made(source: LlamaConfig, config: TargetConfig) -> tuple[Plan, LlamaConfig]:
+    shape = checkpoints.shape_of(source)
+    kept = plan.make(random_scores(shape), shape, config, ScoreConfig())
+    return kept, surgery.pruned_config(source, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "parameters"),
+    [
+        ("llama3.2_1b", "meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("llama3.2_3b", "meta-llama/Llama-3.2-3B", 3_212_749_824),
+    ],
+)
+@pytest.mark.parametrize("rope", Rope)
+def test_8b_becomes_the_published_small_llama_field_by_field(
+    name: str, published: str, parameters: int, rope: Rope
+) -> None:
+    source = tiny_config(
+        **PUBLISHED["meta-llama/Llama-3.1-8B"].config_fields(),
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009],
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    kept, config = made(source, target(name, rope=rope))
+    assert kept.target == PUBLISHED[published]
+    assert kept.target.num_parameters == parameters
+    expected = {
+        **PUBLISHED[published].config_fields(),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": {Rope.parent: 8.0, Rope.published: 32.0}[rope],
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "pad_token_id": None,
+        "dtype": "bfloat16",
+    }
+    fields = config.to_dict()
+    assert {field: fields[field] for field in expected} == expected
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_guard_becomes_the_pruned_guard() -> None:
+    source = tiny_config(**PUBLISHED["meta-llama/Llama-Guard-3-1B"].config_fields(), bos_token_id=128000)
+    kept, config = made(source, target("llama_guard3_1b_pruned"))
+    published = PUBLISHED["meta-llama/Llama-Guard-3-1B-INT4"]
+    assert kept.target == dataclasses.replace(published, output_rows=None)
+    assert kept.target.num_parameters == 1_123_076_096
+    assert config.rope_parameters == source.rope_parameters
+    with torch.device("meta"):
+        assert sum(p.numel() for p in LlamaForCausalLM(config).parameters()) == 1_123_076_096
+
+
+def test_the_guards_twenty_rows_are_a_stock_token_classifier() -> None:
+    """860,448,768 parameters and the twenty zeros of the classifier's bias."""
+    source = tiny_config(**PUBLISHED["meta-llama/Llama-Guard-3-1B"].config_fields())
+    kept, config = made(source, target("llama_guard3_1b_pruned", output_rows=GUARD_IDS))
+    assert kept.target == PUBLISHED["meta-llama/Llama-Guard-3-1B-INT4"]
+    assert kept.target.num_parameters == 860_448_768
+    config = surgery.classifier_config(config, GUARD_IDS, [str(token) for token in GUARD_IDS])
+    assert config.id2label == {row: str(token) for row, token in enumerate(GUARD_IDS)}
+    assert checkpoints.shape_of(config) == kept.target
+    with torch.device("meta"):
+        model = LlamaForTokenClassification(config)
+    assert sum(p.numel() for p in model.parameters()) == 860_448_768 + 20
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert stored == checkpoints.stored_tensors(config)
+
+
+def test_a_tied_base_untied_by_the_guard_target_has_the_same_count() -> None:
+    kept = plan.target_shape(PUBLISHED["meta-llama/Llama-3.2-1B"], target("llama_guard3_1b_pruned"))
+    assert kept.num_parameters == 1_123_076_096
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": 128}, r"target\.hidden_size must be at most the source's 64, got 128"),
+        ({"num_hidden_layers": 4}, r"target\.num_hidden_layers must be at most the source's 3, got 4"),
+        ({"num_attention_heads": 3}, "nearest are 2 and 4; got 3"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "nearest are 2; got 4"),
+        ({"num_key_value_heads": 1}, "between 1 and 2 of the query heads"),
+        ({"hidden_size": 50}, "nearest are 48 and 52; got 50"),
+        ({"head_dim": 6}, "nearest are 4 and 8; got 6"),
+        ({"head_dim": 5}, "must be even"),
+        ({"intermediate_size": 0}, r"target\.intermediate_size must be at least 1, got 0"),
+        ({"output_rows": [1, 2], "tie_word_embeddings": True}, r"needs target\.tie_word_embeddings=false"),
+        ({"output_rows": [1, 128]}, r"0\.\.127, got \[128\]"),
+        ({"output_rows": [1, 1]}, "each token id once"),
+        ({"output_rows": []}, "at least one token id"),
+        ({"keep_layers": [0, 3]}, r"0\.\.2, got \[3\]"),
+        ({"keep_layers": [1, 0]}, "rise"),
+        ({"keep_layers": [0], "num_hidden_layers": 2}, r"must name target\.num_hidden_layers=2 layers"),
+    ],
+)
+def test_targets_that_cannot_be_cut_are_refused_with_the_nearest_that_can(fields: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan.target_shape(SHAPE, TargetConfig(**fields))
+
+
+def test_what_is_unset_stays_as_in_the_source() -> None:
+    assert plan.target_shape(SHAPE, TargetConfig()) == SHAPE
+    assert plan.target_shape(SHAPE, TargetConfig(keep_layers=[0, 2])).num_hidden_layers == 2
+
+
+def test_nothing_to_cut_needs_no_scores() -> None:
+    kept = plan.make(None, SHAPE, TargetConfig(), ScoreConfig())
+    assert kept.layers.tolist() == [0, 1, 2]
+    assert kept.mlp.tolist() == [list(range(96))] * 3
+    assert kept.heads.tolist() == [[0, 1, 2, 3]] * 3
+    assert kept.values.tolist() == [[list(range(16))] * 2] * 3
+    assert (kept.norm_gain == 1).all()
+    assert kept.query_scale == 1
+    with pytest.raises(ValueError, match="needs scores"):
+        plan.make(None, SHAPE, TargetConfig(num_hidden_layers=2), ScoreConfig())
+
+
+def test_the_highest_scores_stay_and_equals_go_to_the_lowest_index() -> None:
+    scores = random_scores(SHAPE)
+    scores.tensors["mlp.norm_product"][:] = 0
+    scores.tensors["mlp.norm_product"][1, 90] = 1
+    scores.tensors["layers.block_influence"][:] = torch.tensor([0.3, 0.1, 0.2])
+    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, num_hidden_layers=2), ScoreConfig())
+    assert kept.layers.tolist() == [0, 2]
+    assert kept.mlp.tolist() == [[0, 1, 2]] * 2
+    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, keep_layers=[1, 2]), ScoreConfig())
+    assert kept.layers.tolist() == [1, 2]
+    assert kept.mlp.tolist() == [[0, 1, 90], [0, 1, 2]]
+
+
+def test_an_axis_is_ranked_by_the_score_that_was_asked_for() -> None:
+    scores = random_scores(SHAPE)
+    small = TargetConfig(intermediate_size=40)
+    for kind in (WidthScore.activation, WidthScore.norm_product):
+        kept = plan.make(scores, SHAPE, small, ScoreConfig(mlp=kind)).mlp
+        assert torch.equal(kept, scores[f"mlp.{kind}"].topk(40).indices.sort().values)
+    with pytest.raises(ValueError, match=r"mlp\.magnitude"):
+        plan.make(scores, SHAPE, small, ScoreConfig(mlp=WidthScore.magnitude))
+
+
+def test_query_heads_are_ranked_within_their_kv_group() -> None:
+    """However strong one group is, each KV head keeps as many of its own query heads."""
+    scores = random_scores(SHAPE)
+    scores.tensors["attention.norm_product"][:, :2] += 10
+    kept = plan.make(scores, SHAPE, TargetConfig(num_attention_heads=2), ScoreConfig())
+    best = scores["attention.norm_product"].norm(dim=-1).view(3, 2, 2).argmax(-1)
+    assert kept.kv_heads.tolist() == [[0, 1]] * 3
+    assert torch.equal(kept.heads, best + torch.tensor([0, 2]))
+
+
+def test_a_kv_head_leaves_with_its_query_heads() -> None:
+    scores = random_scores(SHAPE)
+    scores.tensors["attention.norm_product"][1, 2] += 10
+    small = TargetConfig(num_attention_heads=2, num_key_value_heads=1)
+    kept = plan.make(scores, SHAPE, small, ScoreConfig())
+    assert (kept.kv_heads.tolist()[1], kept.heads.tolist()[1]) == ([1], [2, 3])
+    assert torch.equal(kept.heads // 2, kept.kv_heads.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize(("large", "small"), [(128, 64), (128, 32), (96, 32)])
+def test_the_kept_pairs_of_a_head_turn_at_the_frequencies_of_the_small_head(large: int, small: int) -> None:
+    """Bit for bit: pair i of the small head is pair r i of the large one."""
+    frequencies = [LlamaRotaryEmbedding(tiny_config(head_dim=size)).inv_freq for size in (large, small)]
+    shape = dataclasses.replace(SHAPE, head_dim=large)
+    kept = plan.make(random_scores(shape), shape, TargetConfig(head_dim=small), ScoreConfig())
+    assert torch.equal(frequencies[0][kept.pairs[0, 0]], frequencies[1])
+
+
+def test_the_published_rope_factor_changes_35_of_64_frequencies() -> None:
+    kept, config = made(tiny_config(head_dim=128), TargetConfig(rope=Rope.published))
+    parent, published = LlamaRotaryEmbedding(tiny_config(head_dim=128)).inv_freq, LlamaRotaryEmbedding(config).inv_freq
+    assert int((parent != published).sum()) == 35
+    assert kept.rope is Rope.published
+    plain = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match=r"target\.rope=published needs a rope_type of 'llama3', got 'default'"):
+        made(plain, TargetConfig(rope=Rope.published))
+
+
+def test_the_strongest_of_neighbouring_pairs_may_stay_instead() -> None:
+    scores = random_scores(SHAPE)
+    kept = plan.make(scores, SHAPE, TargetConfig(head_dim=8, pairs=Pairs.strongest), ScoreConfig())
+    energy = scores["rotary.query"].view(3, 2, 2, 8).sum(2) * scores["rotary.key"]
+    for slot, pair in enumerate(kept.pairs.unbind(-1)):
+        assert torch.equal(pair, 2 * slot + energy[..., 2 * slot : 2 * slot + 2].argmax(-1))
+
+
+def test_hidden_channels_are_one_set_by_the_norms_of_the_layers_that_stay() -> None:
+    scores = random_scores(SHAPE)
+    kept = plan.make(scores, SHAPE, TargetConfig(hidden_size=32, keep_layers=[0, 2]), ScoreConfig())
+    total = scores["hidden.activation"][[0, 2]].sum((0, 1))
+    assert torch.equal(kept.hidden, total.topk(32).indices.sort().values)
+    assert kept.norm_gain.shape == (5,)
+    for gain, norm in zip(kept.norm_gain, (0, 1, 4, 5, 6), strict=True):
+        assert gain == norm_gain(scores["norm.energy"][norm], scores["norm.epsilon"][norm], kept.hidden)
+
+
+def test_the_gain_is_the_lost_energy() -> None:
+    """sqrt(D / d) times the kept part of the input's norm; 1 when the energy is spread evenly; 1 when all stay."""
+    inputs = torch.randn(1000, 64, dtype=torch.float64)
+    inputs[:, 32:] *= 0.1
+    eps, keep = 1e-5, torch.arange(32)
+    inverse = 1 / (inputs.square().mean(1) + eps)
+    energy, epsilon = (inputs.square() * inverse[:, None]).mean(0), (eps * inverse).mean()
+    part = (inputs[:, keep].norm(dim=1) / inputs.norm(dim=1)).square().mean().sqrt()
+    assert float(norm_gain(energy, epsilon, keep)) == pytest.approx(float(part * 2**0.5), rel=1e-4)
+    assert norm_gain(energy, epsilon, torch.arange(64)) == 1
+    assert float(norm_gain(torch.ones(64), torch.tensor(0.0), keep)) == 1
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    small = TargetConfig(num_hidden_layers=2, hidden_size=32, head_dim=8, output_rows=[5, 3])
+    kept = plan.make(random_scores(SHAPE), SHAPE, small, ScoreConfig())
+    kept.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert again.tensors().keys() == kept.tensors().keys()
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in kept.tensors().items())
+    assert again.summary() == kept.summary()
+    assert str(again) == str(kept)
+    with pytest.raises(ValueError, match="holds no plan"):
+        Plan.load(tmp_path / "elsewhere")
+
+
+def test_a_plan_says_what_it_keeps_and_how_two_differ() -> None:
+    small = TargetConfig(intermediate_size=48, hidden_size=32)
+    first, second = (plan.make(random_scores(SHAPE, seed), SHAPE, small, ScoreConfig()) for seed in (0, 1))
+    assert f"{first.target.num_parameters:,} parameters" in str(first)
+    assert "hidden_size" in str(first)
+    assert set(first.diff(first).values()) == {1.0}
+    shared = first.diff(second)
+    assert (shared["layers"], shared["heads"]) == (1.0, 1.0)
+    assert 0.2 < shared["mlp"] < 0.8
+    assert shared["hidden"] < 1
+
+
+def test_untied_becomes_tied_by_least_squares_where_the_heads_input_is_known() -> None:
+    scores = random_scores(SHAPE)
+    tied = TargetConfig(tie_word_embeddings=True, hidden_size=32)
+    assert plan.make(scores, SHAPE, tied, ScoreConfig()).tie is Tie.mean
+    with pytest.raises(ValueError, match=r"head\.covariance"):
+        plan.make(scores, SHAPE, dataclasses.replace(tied, tie=Tie.least_squares), ScoreConfig())
+    scores.tensors["head.covariance"] = torch.randn(64, 64)
+    kept = plan.make(scores, SHAPE, tied, ScoreConfig())
+    assert kept.tie is Tie.least_squares
+    assert torch.equal(kept.head_covariance, scores["head.covariance"][kept.hidden][:, kept.hidden])
+    assert plan.make(scores, dataclasses.replace(SHAPE, tie_word_embeddings=True), tied, ScoreConfig()).tie is None
+
+
+MAGNITUDES = ScoreConfig(
+    mlp=WidthScore.magnitude,
+    attention=WidthScore.magnitude,
+    hidden=HiddenScore.magnitude,
+    layers=LayerScore.magnitude,
+)
+
+
+@pytest.mark.parametrize(
+    ("cut", "axis"),
+    [
+        ({"num_hidden_layers": 2}, "layers"),
+        ({"hidden_size": 32}, "hidden"),
+        ({"intermediate_size": 40}, "mlp"),
+        ({"num_attention_heads": 2}, "attention"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "attention"),
+        ({"head_dim": 8}, "attention"),
+        ({"keep_layers": [0, 1]}, None),
+        ({}, None),
+    ],
+)
+def test_only_an_axis_that_is_cut_needs_text(cut: dict[str, Any], axis: str | None) -> None:
+    config = TargetConfig(**cut)
+    shape = plan.target_shape(SHAPE, config)
+
+    def check(kinds: ScoreConfig, *, has_text: bool) -> None:
+        plan.check_wanted(SHAPE, shape, config, kinds, has_text=has_text, rope_type="default")
+
+    check(ScoreConfig(), has_text=True)
+    check(MAGNITUDES, has_text=False)
+    if axis is None:
+        check(ScoreConfig(), has_text=False)
+        plan.make(None, SHAPE, config, ScoreConfig())
+        return
+    kind = getattr(ScoreConfig(), axis)
+    words = f"scores.{axis}={kind} is measured on text: set calibration.path, or scores.{axis}=magnitude"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(ScoreConfig(), has_text=False)
+
+
+def test_what_else_needs_text_or_another_rope_is_said_before_anything_is_read() -> None:
+    def check(config: TargetConfig, rope_type: str | None = "llama3") -> None:
+        shape = plan.target_shape(SHAPE, config)
+        plan.check_wanted(SHAPE, shape, config, MAGNITUDES, has_text=False, rope_type=rope_type)
+
+    check(TargetConfig(pairs=Pairs.strongest))
+    check(TargetConfig(tie=Tie.least_squares))
+    check(TargetConfig(tie_word_embeddings=True))
+    for rope_type in ("llama3", None):
+        check(TargetConfig(rope=Rope.published), rope_type)
+    with pytest.raises(ValueError, match=r"target\.pairs=strongest is measured on text"):
+        check(TargetConfig(pairs=Pairs.strongest, head_dim=8))
+    with pytest.raises(ValueError, match=r"target\.tie=least_squares is measured on text"):
+        check(TargetConfig(tie=Tie.least_squares, tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=r"target\.rope=published needs .* got 'default'"):
+        check(TargetConfig(rope=Rope.published), "default")

@@ -1,0 +1,340 @@
+"""The recipe from its settings to its directory: every start and every ending."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from conftest import REPOSITORY
+from llamita import checkpoints, runs
+from llamita.distill import engines, losses, optim, student
+
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred short documents of invented words in rows of 64 tokens."""
+    module, dice, folder = recipe("prepare"), random.Random(0), tmp_path_factory.mktemp("distill")
+    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
+    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(200)]
+    (folder / "lines.jsonl").write_text("\n".join(lines))
+    module.run(
+        module.Prepare(
+            source=module.SourceConfig(path=str(folder / "lines.jsonl")),
+            tokenizer=module.TokenizerConfig(vocab_size=640),
+            validation=module.ValidationConfig(fraction=0.1),
+            sequence_length=64,
+            num_proc=1,
+            out=folder / "data",
+        )
+    )
+    return folder / "data"
+
+
+def settings(module: ModuleType, data: Path, out: Path, **changes: Any) -> Any:
+    fields: dict[str, Any] = {
+        "data": module.DataConfig(path=data),
+        "steps": 4,
+        "global_batch_rows": 4,
+        "micro_batch_rows": 4,
+        "checkpoint_every": 2,
+        "validation_every": 2,
+        "validation_rows": 6,
+        "optim": optim.OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        "out": out,
+    }
+    return module.Distill(**{**fields, **changes})
+
+
+def from_shape(**changes: Any) -> student.StudentConfig:
+    return student.StudentConfig(shape=student.ShapeConfig(**{**SHAPE, **changes}))
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe: Callable[[str], ModuleType], data: Path) -> Path:
+    """Trained from nothing, without a teacher."""
+    module, out = recipe("distill"), data.parent / "teacher"
+    module.run(settings(module, data, out, student=from_shape(hidden_size=48)))
+    return out
+
+
+def test_a_model_from_nothing_is_a_stock_llama_with_the_tokenizer_of_the_data(teacher: Path, data: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.vocab_size == len(tokenizer) == 640
+    assert model.config.rope_parameters["factor"] == 8.0
+    assert model.config.bos_token_id == tokenizer.bos_token_id
+    assert model.config.head_dim == 12
+    generation = GenerationConfig.from_pretrained(teacher)
+    assert generation.eos_token_id == tokenizer.eos_token_id
+    done = runs.check_done(teacher)
+    assert set(done["files"]) >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
+    provenance = json.loads((teacher / "llamita.json").read_text())
+    assert provenance["recipe"] == "distill"
+    assert provenance["parents"].keys() == {"data"}
+    assert done["summary"]["val/held_out/loss"] == provenance["metrics"]["val/held_out/loss"]
+    rows = runs.read_metrics(teacher)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "val/held_out/bits_per_byte" in row] == [0, 2, 4]
+    assert {"data/tokens", "data/samples", "data/epoch", "perf/tokens_per_s_per_gpu", "optim/lr"} <= rows[1].keys()
+
+
+def test_two_teachers_make_a_student_and_the_directory_says_so(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("distill"), tmp_path / "student"
+    before = checkpoints.content_hash(teacher)
+    teachers = {"big": module.TeacherConfig(path=teacher), "other": module.TeacherConfig(path=teacher, weight=3.0)}
+    config = settings(
+        module,
+        data,
+        out,
+        student=student.StudentConfig(path=teacher, init=student.Init.random),
+        teachers=teachers,
+        loss=losses.LossConfig(ce_weight=0.1, temperature=2.0),
+        keep_checkpoints=1,
+    )
+    module.run(config)
+    provenance = json.loads((out / "llamita.json").read_text())
+    assert provenance["parents"].keys() == {"data", "student", "big", "other"}
+    assert provenance["parents"]["big"] == {"path": str(teacher), "sha256": before}
+    assert checkpoints.content_hash(teacher) == before
+    assert {"kd/kl_big", "kd/kl_other", "kd/top1_agree", "train/kd"} <= runs.check_done(out)["summary"].keys()
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-4"]
+    written = (out / "metrics.jsonl").read_bytes()
+    module.run(config)
+    assert (out / "metrics.jsonl").read_bytes() == written
+
+
+def test_a_student_that_is_its_teacher_loses_nothing(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("distill"), tmp_path / "same"
+    module.run(
+        settings(
+            module,
+            data,
+            out,
+            student=student.StudentConfig(path=teacher),
+            teachers={"big": module.TeacherConfig(path=teacher)},
+            steps=1,
+        )
+    )
+    first = runs.read_metrics(out)[0]
+    assert abs(first["val/held_out/kd"]) < 1e-9
+    assert first["val/held_out/top1_agree"] == 1
+    assert first["val/held_out/loss"] == pytest.approx(runs.check_done(teacher)["summary"]["val/held_out/loss"])
+    assert runs.check_done(out)["summary"]["val/held_out/bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": student.StudentConfig()}, "student.path is not set, so student.shape needs num_hidden_layers"),
+        ({"student": from_shape(num_key_value_heads=3)}, "multiple of num_key_value_heads=3"),
+        ({"student": from_shape(max_position_embeddings=32)}, "rows of 64 tokens, the student at most .*=32"),
+        ({"global_batch_rows": 6}, "multiple of micro_batch_rows"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    change: dict[str, Any], message: str, recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path
+) -> None:
+    module = recipe("distill")
+    with pytest.raises(ValueError, match=message):
+        module.run(settings(module, data, tmp_path / "out", **{"student": from_shape(), **change}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_vocabularies_are_refused_before_anything_is_written(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """Only configuration and tokenizer are there: no weight was needed to find out."""
+    module = recipe("distill")
+    for name, change in (("size", {"vocab_size": 656}), ("words", {})):
+        foreign = tmp_path / name
+        foreign.mkdir()
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(teacher / file, foreign / file)
+        runs.write_json(foreign / "config.json", runs.read_json(foreign / "config.json") | change)
+        if not change:
+            tokenizer = runs.read_json(foreign / "tokenizer.json")
+            tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+            runs.write_json(foreign / "tokenizer.json", tokenizer)
+    for name, message in (("size", "vocabulary of 656, .* 640"), ("words", "tokenizer of big .* is not that of data")):
+        with pytest.raises(ValueError, match=message):
+            module.run(
+                settings(
+                    module,
+                    data,
+                    tmp_path / "out",
+                    student=from_shape(),
+                    teachers={"big": module.TeacherConfig(path=tmp_path / name)},
+                )
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_teacher_ends_the_run_without_a_model(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, foreign = recipe("distill"), tmp_path / "foreign"
+    shutil.copytree(teacher, foreign, ignore=shutil.ignore_patterns("run.json", "DONE.json", "checkpoints"))
+    os.truncate(foreign / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        module.run(
+            settings(
+                module,
+                data,
+                tmp_path / "out",
+                student=from_shape(),
+                teachers={"big": module.TeacherConfig(path=foreign)},
+            )
+        )
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert not (tmp_path / "out/DONE.json").exists()
+
+
+def test_what_is_learnt_cannot_be_changed_on_a_restart_but_bookkeeping_can(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out = recipe("distill"), tmp_path / "run"
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(student, "publish", die)
+    with pytest.raises(KeyboardInterrupt):
+        module.run(settings(module, data, out, student=from_shape()))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"steps: 4 -> 8"):
+        module.run(settings(module, data, out, student=from_shape(), steps=8))
+    module.run(
+        settings(
+            module,
+            data,
+            out,
+            student=from_shape(),
+            micro_batch_rows=2,
+            checkpoint_every=1,
+            log_every=2,
+            keep_checkpoints=0,
+        )
+    )
+    assert runs.check_done(out)["summary"]["val/held_out/loss"] > 0
+    assert list((out / "checkpoints").glob("step-*")) == []
+
+
+def test_every_option_of_the_loss_reaches_the_run(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, seen = recipe("distill"), set()
+    for kind in losses.Divergence:
+        out = tmp_path / kind
+        module.run(
+            settings(
+                module,
+                data,
+                out,
+                student=from_shape(tie_word_embeddings=True),
+                teachers={"big": module.TeacherConfig(path=teacher)},
+                loss=losses.LossConfig(divergence=kind, chunk_mebibytes=1),
+                steps=1,
+                validation_rows=0,
+                precision=engines.Precision.float32,
+                keep_checkpoints=0,
+            )
+        )
+        seen.add(round(runs.check_done(out)["summary"]["train/loss"], 6))
+        assert "lm_head.weight" not in checkpoints.Weights(out).files
+    assert len(seen) == len(losses.Divergence)
+
+
+def command(data: Path, out: Path, *overrides: str) -> list[str]:
+    shape = [f"student.shape.{name}={value}" for name, value in SHAPE.items()]
+    return [
+        sys.executable,
+        str(REPOSITORY / "recipes/distill.py"),
+        *shape,
+        f"data.path={data}",
+        f"out={out}",
+        *overrides,
+    ]
+
+
+@pytest.mark.slow
+def test_a_stop_signal_ends_with_75_and_a_restart_ends_with_the_same_model(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY / "typings"), "OMP_NUM_THREADS": "1"}
+    overrides = ("steps=60", "global_batch_rows=4", "micro_batch_rows=4", "validation_every=0")
+    process = subprocess.Popen(
+        command(data, tmp_path / "run", *overrides),
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    waited = time.monotonic()
+    while not (metrics.is_file() and '"step": 3,' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - waited < 200
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == runs.EXIT_REQUEUE, output
+    assert "start it again to go on" in output
+    assert not (tmp_path / "run/DONE.json").exists()
+    module = recipe("distill")
+    for name in ("run", "whole"):
+        config = settings(
+            module,
+            data,
+            tmp_path / name,
+            student=from_shape(),
+            steps=60,
+            checkpoint_every=500,
+            validation_every=0,
+            validation_rows=64,
+            optim=optim.OptimConfig(),
+        )
+        module.run(config)
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    steps = [row["step"] for row in runs.read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert steps == list(range(1, 61))
+
+
+def test_weights_are_drawn_from_the_seed(recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path) -> None:
+    module, hashes = recipe("distill"), []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        out = tmp_path / name
+        module.run(
+            settings(module, data, out, student=from_shape(), steps=1, validation_rows=0, run=runs.RunConfig(seed=seed))
+        )
+        hashes.append(runs.sha256(out / "model.safetensors"))
+        torch.rand(3)
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,420 @@
+"""A plan says what a stage takes and collects every mistake, with the overrides of the stage itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import tiny_model
+from llamita import checkpoints, checks, runs
+from llamita.data.sources import SourceConfig
+from llamita.data.tokens import TokenizerConfig
+from llamita.prune.importance import Scores
+from llamita.shapes import PUBLISHED
+
+EIGHT = "model.path=meta-llama/Llama-3.1-8B"
+MAGNITUDES = [f"scores.{axis}=magnitude" for axis in ("mlp", "attention", "hidden", "layers")]
+
+
+@pytest.fixture
+def plan(
+    recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Plan as the command line would, and give back what was printed as JSON."""
+    module = recipe("plan")
+
+    def make(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        sys.argv = ["plan.py", *arguments, "format=json"]
+        with contextlib.suppress(ValueError):  # its message says to look above, where the mistakes are
+            module.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    argv = sys.argv
+    yield make
+    sys.argv = argv
+
+
+Planner = Callable[..., dict[str, Any]]
+
+
+def test_pruning_eight_billion_to_one_is_planned_without_weights_and_without_a_gpu(
+    plan: Planner, tmp_path: Path
+) -> None:
+    answer = plan(
+        "recipe=prune", EIGHT, "target=llama3.2_1b", *MAGNITUDES, f"out={tmp_path / 'pruned'}", "hardware=cpu"
+    )
+    (stage,) = answer["stages"]
+    assert answer["mistakes"] == []
+    assert stage["parameters"] == {"before": 8_030_261_248, "after": 1_235_814_400}
+    assert stage["disk_bytes"]["model"] == 2 * 1_235_814_400
+    assert 0 < stage["memory_bytes"]["total"] < 8 * 2**30
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_all_mistakes_are_collected_each_in_one_line(plan: Planner, tmp_path: Path) -> None:
+    answer = plan(
+        "recipe=prune",
+        EIGHT,
+        "target.num_attention_heads=30",
+        "target.hidden_size=3001",
+        "target.head_dim=48",
+        "target.hiden_size=5",
+        "calibration.tokens=-1",
+        "calibration.path=nowhere",
+        "scores.mlp=loud",
+        "run.project=a b",
+    )
+    expected = [
+        "target.hiden_size is no setting of prune; did you mean target.hidden_size?",
+        "scores.mlp=loud: Invalid value 'loud', expected one of",
+        "out must be given",
+        "calibration.tokens must be at least 1, got -1",
+        "calibration.path: nowhere does not exist",
+        "target.num_attention_heads must give each of the 8 KV heads between 1 and 4",
+        "target.hidden_size must be a multiple of num_attention_heads=32",
+        "target.head_dim must be even and divide the source's 128",
+        "run.project: a name has 1 to 64",
+    ]
+    assert [m[: len(e)] for m, e in zip(answer["mistakes"], expected, strict=True)] == expected
+    assert "nearest are 24 and 32; got 30" in answer["mistakes"][5]
+    assert not any("\n" in mistake for mistake in answer["mistakes"])
+
+
+def test_a_target_larger_than_the_source_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    answer = plan("recipe=prune", "model.path=meta-llama/Llama-3.2-1B", "target=llama3.2_3b", f"out={tmp_path / 'x'}")
+    assert "target.num_hidden_layers must be at most the source's 16, got 28" in answer["mistakes"]
+    assert "target.hidden_size must be at most the source's 2048, got 3072" in answer["mistakes"]
+
+
+def test_output_rows_of_a_tied_head_are_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    answer = plan("recipe=prune", EIGHT, "target=llama3.2_1b", "target.output_rows=[1,2]", f"out={tmp_path / 'x'}")
+    assert "tie_word_embeddings=false" in answer["mistakes"][0]
+
+
+def test_pruning_by_scores_of_text_without_text_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    arguments = ["recipe=prune", EIGHT, "target=llama3.2_1b", f"out={tmp_path / 'x'}"]
+    assert plan(*arguments)["mistakes"] == [
+        "scores.mlp=norm_product, scores.attention=norm_product, scores.hidden=activation, "
+        "scores.layers=block_influence are measured on text: set calibration.path, or " + " ".join(MAGNITUDES)
+    ]
+    assert plan(*arguments, f"calibration.path={data}")["mistakes"] == []
+    assert plan(*arguments, *MAGNITUDES)["mistakes"] == []
+    assert "holds no scores" in plan(*arguments, "scores.path=nowhere")["mistakes"][0]
+
+
+def test_pruning_with_the_scores_of_an_earlier_run_is_planned_by_what_it_measured(
+    plan: Planner, tmp_path: Path
+) -> None:
+    arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", f"scores.path={tmp_path / 'early'}"]
+    for tokens, wrong in ((0, 1), (64, 0)):
+        Scores(tensors={}, info={"format": 1, "tokens": tokens}).save(tmp_path / "early" / "pruning")
+        assert len(plan(*arguments, f"out={tmp_path / 'x'}")["mistakes"]) == wrong
+
+
+def test_the_published_rope_of_another_kind_of_model_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    plain = model(tmp_path / "m", data, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    answer = plan("recipe=prune", f"model.path={plain}", "target.rope=published", f"out={tmp_path / 'x'}")
+    assert answer["mistakes"] == ["target.rope=published needs a model with rope_type 'llama3', got 'default'"]
+
+
+def test_a_tokenizer_by_a_name_on_the_hub_is_a_note(plan: Planner, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    arguments = ["recipe=prepare", f"source.path={tmp_path / 'a.txt'}", "sequence_length=64", f"out={tmp_path / 'x'}"]
+    answer = plan(*arguments, "tokenizer.path=meta-llama/Llama-3.1-8B")
+    assert answer["mistakes"] == []
+    assert any("tokenizer.path=meta-llama/Llama-3.1-8B is no directory" in n for n in answer["stages"][0]["notes"])
+    assert plan(*arguments, "tokenizer.path=someone/Llama")["mistakes"] == [
+        "tokenizer.path=someone/Llama has no tokenizer.json"
+    ]
+
+
+def test_a_secret_is_a_mistake_and_is_nowhere_in_the_answer(plan: Planner, tmp_path: Path) -> None:
+    canary = "hf_" + "Zq9" * 11
+    answer = plan("recipe=prune", EIGHT, f"run.project={canary}", f"unknown={canary}", f"out={tmp_path / 'x'}")
+    assert sum("looks like a Hugging Face token" in mistake for mistake in answer["mistakes"]) == 2
+    assert canary not in json.dumps(answer)
+
+
+def test_a_directory_of_other_settings_or_of_strangers_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    with runs.start(tmp_path / "used", "prune", {"a": 1}, runs.RunConfig()):
+        owned = plan("recipe=prune", EIGHT, f"out={tmp_path / 'used'}")["mistakes"]
+    assert any("other settings" in mistake for mistake in owned)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").touch()
+    assert "no run wrote" in plan("recipe=prune", EIGHT, f"out={tmp_path / 'own'}")["mistakes"][0]
+    assert [file.name for file in (tmp_path / "own").iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_whose_run_is_alive_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    overrides = [EIGHT, f"out={tmp_path / 'used'}"]
+    with runs.start(tmp_path / "used", "prune", {}, runs.RunConfig()):
+        (tmp_path / "used" / "config.yaml").unlink()
+        assert "is owned by another run" in plan("recipe=prune", *overrides)["mistakes"][0]
+
+
+def test_a_disk_that_is_too_small_is_a_mistake(plan: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
+    answer = plan("recipe=prune", EIGHT, f"out={tmp_path / 'x'}", "hardware=cpu")
+    assert f"out={tmp_path / 'x'} needs 15.0 GiB, {tmp_path} has 10.0 GiB free" in answer["mistakes"]
+
+
+def test_preparing_without_a_source_or_a_tokenizer_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    answer = plan(
+        "recipe=prepare",
+        f"source.path={tmp_path / 'no'}",
+        f"tokenizer.path={tmp_path}",
+        "sequence_length=64",
+        f"out={tmp_path / 'x'}",
+    )
+    assert len(answer["mistakes"]) == 2
+    assert "does not exist" in answer["mistakes"][0]
+    assert "has no tokenizer.json" in answer["mistakes"][1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, recipe: Callable[[str], ModuleType]) -> Path:
+    """A small data directory, as ``prepare`` writes it."""
+    root = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        (root / f"{number}.txt").write_text(f"Document {number} says that {number} is not {number + 1}. " * 8)
+    prepare = recipe("prepare")
+    prepare.run(
+        prepare.Prepare(
+            source=SourceConfig(path=str(root)),
+            tokenizer=TokenizerConfig(vocab_size=300),
+            sequence_length=64,
+            num_proc=1,
+            out=root / "out",
+        )
+    )
+    return root / "out"
+
+
+def model(path: Path, data: Path, **overrides: Any) -> Path:
+    """A tiny model directory with the tokenizer of ``data``."""
+    path.mkdir()
+    size = runs.read_json(data / "data.json")["vocab_size"]
+    tiny = tiny_model(**({"vocab_size": size} | overrides))
+    checkpoints.save_model(tiny, path, source=data / "tokenizer", provenance={})
+    return path
+
+
+def test_a_distillation_is_counted_item_by_item(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student, teacher = model(tmp_path / "s", data), model(tmp_path / "t", data, hidden_size=128)
+    arguments = [
+        "recipe=distill",
+        f"student.path={student}",
+        f"teachers.big.path={teacher}",
+        f"data.path={data}",
+        "steps=10",
+        "global_batch_rows=8",
+        "micro_batch_rows=2",
+        f"out={tmp_path / 'out'}",
+    ]
+    answer = plan(*arguments, "num_gpus=4", "deepspeed=zero2")
+    assert answer["mistakes"] == []
+    (stage,) = answer["stages"]
+    shape = checks.model_shape(student)
+    assert shape is not None
+    assert stage["processes"] == 4
+    assert stage["parameters"]["student"] == shape.num_parameters
+    assert stage["memory_bytes"]["AdamW moments"] == 8 * shape.num_parameters / 4
+    tokens = 10 * 8 * 64
+    assert stage["flops"]["student, forward and backward"] == 3 * tokens * shape.forward_flops_per_token(32)
+    assert any(f"{tokens:,} tokens in 10 steps" in note for note in stage["notes"])
+    alone = plan(*arguments, "hardware=cpu")["stages"][0]
+    assert alone["processes"] == 1
+    assert alone["gpu_hours"] == 0
+    assert alone["memory_bytes"]["weights"] == 4 * shape.num_parameters
+    again = plan(*arguments, "hardware=cpu", "activation_checkpointing=true")["stages"][0]
+    assert again["memory_bytes"]["activations"] < alone["memory_bytes"]["activations"]
+
+
+def test_every_mistake_of_a_distillation_is_seen(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student = model(tmp_path / "s", data, max_position_embeddings=32)
+    teacher = model(tmp_path / "t", data, vocab_size=512)
+    (teacher / "tokenizer.json").unlink()
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    answer = plan(
+        "recipe=distill",
+        f"student.path={student}",
+        f"teachers.big.path={teacher}",
+        "teachers.big.wieght=2",
+        "teachers.other.path=nowhere",
+        f"data.path={data}",
+        "loss.temprature=2",
+        "optim.learning_rate=-1",
+        "global_batch_rows=12",
+        "micro_batch_rows=2",
+        "num_gpus=4",
+        f"out={tmp_path / 'out'}",
+    )
+    for part in (
+        "loss.temprature is no setting of distill; did you mean loss.temperature?",
+        "teachers.big.wieght is no setting of distill; did you mean teachers.big.weight?",
+        "optim.learning_rate must be > 0, got -1",
+        "the data's sequence_length 64 is more than",
+        "has no tokenizer.json",
+        "cut short",
+        "teachers.other.path=nowhere is no directory",
+        "student and teachers must have the same vocabulary",
+        "nearest are 8 and 16, got 12",
+    ):
+        assert sum(part in mistake for mistake in answer["mistakes"]) == 1, (part, answer["mistakes"])
+    assert len(answer["mistakes"]) == 9, answer["mistakes"]
+
+
+def test_another_tokenizer_than_the_datas_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student = model(tmp_path / "s", data)
+    definition = runs.read_json(student / "tokenizer.json")
+    definition["model"]["merges"] = definition["model"]["merges"][:-1]
+    runs.write_json(student / "tokenizer.json", definition)
+    answer = plan(
+        "recipe=distill", f"student.path={student}", f"data.path={data}", "num_gpus=1", f"out={tmp_path / 'out'}"
+    )
+    assert len(answer["mistakes"]) == 1
+    assert "another tokenizer" in answer["mistakes"][0]
+
+
+def test_data_that_is_cut_short_or_not_there_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student = model(tmp_path / "s", data)
+    arguments = ["recipe=distill", f"student.path={student}", "num_gpus=1", f"out={tmp_path / 'out'}"]
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = next((copy / "shards").glob("train*"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    assert "cut short" in plan(*arguments, f"data.path={copy}")["mistakes"][0]
+    absent = plan(*arguments, f"data.path={tmp_path / 'no'}", "assume_sequence_length=128")
+    assert "does not exist" in absent["mistakes"][0]
+    assert any("rows of 128 tokens are assumed" in note for note in absent["stages"][0]["notes"])
+    (copy / "DONE.json").unlink()
+    assert "unfinished" in plan(*arguments, f"data.path={copy}")["mistakes"][0]
+
+
+def test_a_student_that_does_not_fit_the_device_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    answer = plan(
+        "recipe=distill",
+        "student.path=meta-llama/Llama-3.1-70B",
+        f"data.path={data}",
+        "global_batch_rows=8",
+        "micro_batch_rows=1",
+        f"out={tmp_path / 'out'}",
+    )
+    assert any("one process needs" in mistake and "H100" in mistake for mistake in answer["mistakes"])
+
+
+def test_an_evaluation_counts_every_model_and_its_teacher(plan: Planner, data: Path, tmp_path: Path) -> None:
+    first, second = model(tmp_path / "a", data), model(tmp_path / "b", data)
+    answer = plan(
+        "recipe=evaluate",
+        f"models.first.path={first}",
+        f"models.second.path={second}",
+        f"teacher.path={first}",
+        f"data.path={data}",
+        f"out={tmp_path / 'out'}",
+    )
+    assert answer["mistakes"] == []
+    flops = answer["stages"][0]["flops"]
+    assert flops["teacher, forward"] == 3 * flops["first, forward"]
+
+
+def test_a_report_of_a_directory_that_is_not_there_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    answer = plan("recipe=report", f"runs.one={tmp_path / 'no'}", f"out={tmp_path / 'out'}")
+    assert answer["mistakes"] == [f"runs.one={tmp_path / 'no'} does not exist"]
+
+
+def test_a_stage_may_read_what_an_earlier_stage_will_make(plan: Planner, tmp_path: Path) -> None:
+    """A whole pipeline is planned before anything of it exists, and its shapes are handed on."""
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    out = tmp_path / "pipeline"
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+    shape = [f"student.shape.{name}={size}" for name, size in sizes.items()]
+    stages = {
+        "data": (
+            "prepare",
+            [
+                f"source.path={tmp_path / 'a.txt'}",
+                "sequence_length=64",
+                "tokenizer.vocab_size=400",
+                "validation.fraction=0.1",
+            ],
+            [],
+        ),
+        "teacher": ("distill", [*shape, f"data.path={out}/data", "steps=5"], ["data"]),
+        "small": (
+            "prune",
+            [f"model.path={out}/teacher", f"calibration.path={out}/data", "target.num_hidden_layers=2"],
+            ["data", "teacher"],
+        ),
+        "checked": ("evaluate", [f"models.small.path={out}/small", f"data.path={out}/data"], ["small"]),
+        "page": ("report", [f"runs.small={out}/small"], ["small"]),
+    }
+    file = tmp_path / "configs" / "pipeline" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    entries = {name: {"recipe": r, "overrides": o, "after": a} for name, (r, o, a) in stages.items()}
+    file.write_text("# @package _global_\n" + yaml.safe_dump({"stages": entries}))
+    searched = f"hydra.searchpath=[file://{file.parent.parent}]"
+    answer = plan("recipe=pipeline", searched, "pipeline=mine", f"out={out}", "hardware=cpu")
+    assert answer["mistakes"] == []
+    assert [stage["stage"] for stage in answer["stages"]] == list(stages)
+    before, after = answer["stages"][1]["parameters"]["student"], answer["stages"][2]["parameters"]
+    assert after["before"] == before > after["after"]
+    # Of the text's 1250 estimated tokens one in ten is held out: one row.
+    assert answer["stages"][3]["flops"]["total"] > 0
+    assert not out.exists()
+
+
+def test_the_command_prints_a_table_and_ends_with_zero_or_sixty_four(
+    recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = recipe("plan")
+    good = ["recipe=prune", EIGHT, "target=llama3.2_3b", *MAGNITUDES, f"out={tmp_path / 'x'}", "save=true"]
+    for arguments, code in ((good, 0), (["recipe=prune", EIGHT, "target.hidden_size=7"], 64)):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        with pytest.raises(SystemExit) as ending:
+            module.exit_with(module.main)
+        assert ending.value.code == code
+    printed = capsys.readouterr().out
+    assert "3,212,749,824" in printed
+    assert "assumed, not measured" in printed
+    assert "no mistake was found" in printed
+    saved = json.loads((tmp_path / "x" / "plan.json").read_text())
+    assert saved["stages"][0]["parameters"]["after"] == PUBLISHED["meta-llama/Llama-3.2-3B"].num_parameters
+    assert "mistake: out must be given" in printed
+    assert "2 mistake(s)" in printed
+
+
+def test_a_kept_plan_does_not_make_the_directory_a_strangers(plan: Planner, tmp_path: Path) -> None:
+    overrides = ["recipe=prune", EIGHT, "target=llama3.2_1b", *MAGNITUDES, f"out={tmp_path / 'x'}", "save=true"]
+    assert plan(*overrides) == plan(*overrides)
+    assert plan(*overrides)["mistakes"] == []
+
+
+@pytest.mark.parametrize("name", ["prepare", "prune", "distill", "evaluate", "report", "pipeline"])
+def test_no_recipe_has_a_setting_of_the_plans_own_name(name: str, recipe: Callable[[str], ModuleType]) -> None:
+    schema = getattr(recipe(name), name.capitalize())
+    assert {field.name for field in dataclasses.fields(schema)} & recipe("plan").OWN <= {"out"}
+
+
+@pytest.mark.parametrize("wrong", ["num_gpus=0", "mfu=0", "mfu=1.5", "assume_sequence_length=0"])
+def test_the_plans_own_settings_have_limits(wrong: str, recipe: Callable[[str], ModuleType]) -> None:
+    sys.argv = ["plan.py", "recipe=prune", wrong]
+    with pytest.raises(ValueError, match=wrong.partition("=")[0]):
+        recipe("plan").main()

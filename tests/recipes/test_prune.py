@@ -1,0 +1,413 @@
+"""The recipe from its settings to its directory, how it ends on bad input, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import string
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
+
+from conftest import REPOSITORY, tiny_config, tiny_model
+from llamita import checkpoints, runs
+from llamita.prune import importance, plan
+from llamita.shapes import PUBLISHED
+
+SMALL = (
+    "target.num_hidden_layers=2",
+    "target.hidden_size=32",
+    "target.intermediate_size=40",
+    "target.num_attention_heads=2",
+    "target.head_dim=8",
+    "target.tie_word_embeddings=true",
+)
+
+
+def prepare(recipe: Callable[[str], ModuleType], folder: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
+    """A data directory of two hundred short documents of invented words, a language for each seed."""
+    module, dice = recipe("prepare"), random.Random(seed)
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
+    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(200)]
+    (folder / "text/lines.jsonl").write_text("\n".join(lines))
+    fields: dict[str, Any] = {
+        "source": module.SourceConfig(path=str(folder / "text/lines.jsonl")),
+        "tokenizer": module.TokenizerConfig(vocab_size=640),
+        "sequence_length": 64,
+        "num_proc": 1,
+        "out": out,
+    }
+    module.run(module.Prepare(**{**fields, **changes}))
+
+
+@pytest.fixture(scope="session")
+def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prune")
+    prepare(recipe, folder, folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def model(data: Path) -> Path:
+    """A tiny untied Llama with the data's tokenizer and settings of generation."""
+    path = data.parent / "model"
+    path.mkdir()
+    checkpoints.copy_tokenizer(data / "tokenizer", path)
+    GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True).save_pretrained(path)
+    llama = tiny_model(vocab_size=640, pad_token_id=None).bfloat16()
+    checkpoints.save_model(llama, path, source=None, provenance={})
+    return path
+
+
+@pytest.fixture
+def command(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The recipe's command line, in this process: exit code, stdout and stderr."""
+
+    def call(*overrides: str) -> tuple[int, str, str]:
+        module = recipe("prune")
+        monkeypatch.setattr(sys, "argv", ["prune.py", *overrides])
+        with pytest.raises(SystemExit) as ended:
+            module.exit_with(module.main)
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+def settings(recipe: Callable[[str], ModuleType], model: Path, data: Path | None, out: Path, **changes: Any) -> Any:
+    module = recipe("prune")
+    fields: dict[str, Any] = {
+        "model": module.ModelConfig(path=model),
+        "calibration": module.CalibrationConfig(path=data, tokens=1024, batch_rows=4),
+        "target": plan.TargetConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=40,
+            num_attention_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+        ),
+        "out": out,
+    }
+    return module.Prune(**{**fields, **changes})
+
+
+def weights_of(path: Path) -> dict[str, bytes]:
+    names = ["model.safetensors", "config.json", "pruning/plan.safetensors", "pruning/scores.safetensors"]
+    return {name: (path / name).read_bytes() for name in names}
+
+
+def importances(path: Path) -> list[float]:
+    """What the metrics say of each layer of the source."""
+    name = "prune/layers/importance/block_influence"
+    return [row[name] for row in runs.read_metrics(path) if name in row]
+
+
+def test_one_command_makes_a_stock_model_with_its_tokenizer(model: Path, data: Path, tmp_path: Path) -> None:
+    """All dimensions of a Llama at once, from the command line."""
+    out = tmp_path / "out"
+    line = [sys.executable, str(REPOSITORY / "recipes/prune.py"), f"model.path={model}", *SMALL]
+    line += [f"calibration.path={data}", "calibration.tokens=1024", f"out={out}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    llama, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    shape = checkpoints.shape_of(llama.config)
+    assert shape == plan.Plan.load(out / "pruning").target
+    assert f"-> {shape.num_parameters:,} parameters" in done.stdout
+    assert sum(p.numel() for p in llama.parameters()) == shape.num_parameters
+    assert llama.dtype == torch.bfloat16
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (model, out))
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {name.split("=")[0].removeprefix("target.") for name in SMALL}
+    runs.check_done(out)
+    provenance = runs.read_json(out / "llamita.json")
+    assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}
+    assert provenance["parents"]["calibration"]["path"] == str(data)
+    assert provenance["plan"]["parameters_after"] == shape.num_parameters
+    rows = runs.read_metrics(out)
+    assert {row["prune/layers/importance/block_influence"] > 0 for row in rows[:3]} == {True}
+    assert rows[-1]["prune/loss_after"] == provenance["plan"]["loss_after"] > 0
+    assert rows[-1]["prune/loss_before"] == provenance["plan"]["loss_before"] > 0
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Callable[[str], ModuleType], model: Path, data: Path) -> Path:
+    """What a run leaves that nobody disturbed."""
+    recipe("prune").run(settings(recipe, model, data, data.parent / "finished"))
+    return data.parent / "finished"
+
+
+def test_a_second_start_finds_it_finished(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, finished: Path
+) -> None:
+    before = (finished / "DONE.json").stat().st_mtime_ns
+    recipe("prune").run(settings(recipe, model, data, finished))
+    assert (finished / "DONE.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("place", ["after_scores", "before_rename", "before_done"])
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    place: str, recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, finished: Path
+) -> None:
+    out = tmp_path / "out"
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = place
+        recipe("prune").run(settings(recipe, model, data, out))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (out / "DONE.json").exists()
+    measured = (out / "pruning/scores.safetensors").stat().st_mtime_ns
+    (out / "pruning/.plan.safetensors.dead.tmp").write_text("half of a plan")
+    recipe("prune").run(settings(recipe, model, data, out))
+    assert (out / "pruning/scores.safetensors").stat().st_mtime_ns == measured
+    assert not [*out.glob(".model-*"), *out.rglob("*.tmp")]
+    assert weights_of(out) == weights_of(finished)
+    assert importances(out) == importances(finished)
+    files = [runs.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
+    assert files[0] == files[1]
+
+
+def test_scores_are_measured_once_and_serve_other_targets(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, first, second = recipe("prune"), tmp_path / "first", tmp_path / "second"
+    target = plan.TargetConfig(intermediate_size=32, num_hidden_layers=1)
+    module.run(settings(recipe, model, data, first, target=target))
+    again = settings(recipe, model, None, tmp_path / "again", target=target, scores=plan.ScoreConfig(path=first))
+    fresh = settings(recipe, model, data, second, target=plan.TargetConfig(hidden_size=32))
+    reused = dataclasses.replace(fresh, scores=plan.ScoreConfig(path=first), out=tmp_path / "third")
+    module.run(fresh)
+    monkeypatch.setattr(importance, "measure", None)
+    module.run(again)
+    module.run(reused)
+    for one, other in ((first, tmp_path / "again"), (second, tmp_path / "third")):
+        assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert importances(first) == importances(tmp_path / "again") == importances(tmp_path / "third")
+    assert len(importances(first)) == 3
+    losses = [runs.read_json(path / "DONE.json")["summary"]["loss_before"] for path in (second, tmp_path / "third")]
+    assert losses[0] == losses[1]
+    digest = importance.Scores.load(first).content_hash
+    assert runs.read_json(tmp_path / "third/llamita.json")["parents"]["scores"]["sha256"] == digest
+
+
+def test_scores_of_another_model_are_refused(
+    recipe: Callable[[str], ModuleType], finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    checkpoints.save_model(tiny_model(seed=1, vocab_size=640), tmp_path / "other", source=None, provenance={})
+    config = settings(recipe, tmp_path / "other", None, tmp_path / "second")
+    config.scores.path = finished
+    with pytest.raises(ValueError, match="measured on another model"):
+        recipe("prune").run(config)
+
+
+def test_the_same_shape_is_the_identity(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(recipe, model, data, tmp_path / "out", target=plan.TargetConfig())
+    recipe("prune").run(config)
+    source, result = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
+    assert source.keys() == result.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in source.items())
+    assert (tmp_path / "out/config.json").read_bytes() == (model / "config.json").read_bytes()
+    summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
+    assert summary["loss_before"] == summary["loss_after"]
+
+
+def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
+    magnitude = plan.ScoreConfig(
+        mlp=importance.WidthScore.magnitude,
+        attention=importance.WidthScore.magnitude,
+        hidden=importance.HiddenScore.magnitude,
+        layers=importance.LayerScore.magnitude,
+    )
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"scores\.mlp=norm_product, .* set calibration\.path, or scores\.mlp=magnitude"
+    ):
+        recipe("prune").run(settings(recipe, model, None, out))
+    assert not out.exists()
+    recipe("prune").run(settings(recipe, model, None, out, scores=magnitude))
+    assert checkpoints.load_model(out).config.num_hidden_layers == 2
+    rows = runs.read_metrics(out)
+    assert [row["prune/mlp/importance/magnitude"] > 0 for row in rows[:3]] == [True] * 3
+    for scores in (plan.ScoreConfig(path=out), dataclasses.replace(magnitude, path=out)):
+        again = settings(recipe, model, None, tmp_path / "again", scores=scores)
+        if scores.mlp is importance.WidthScore.magnitude:
+            recipe("prune").run(again)
+            continue
+        with pytest.raises(ValueError, match="measured on text"):
+            recipe("prune").run(again)
+        assert not (tmp_path / "again").exists()
+
+
+def test_kept_output_rows_are_named_by_their_tokens(
+    recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path
+) -> None:
+    ids = [300, 20, 301]
+    target = plan.TargetConfig(output_rows=ids)
+    recipe("prune").run(settings(recipe, model, None, tmp_path / "out", target=target))
+    stock, info = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    tokens = checkpoints.load_tokenizer(model).convert_ids_to_tokens(ids)
+    assert stock.config.id2label == dict(enumerate(tokens))
+    assert runs.read_json(tmp_path / "out/llamita.json")["plan"]["output_rows"] == ids
+
+
+def test_calibration_uses_as_many_tokens_as_asked(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
+) -> None:
+    weights = checkpoints.Weights(model)
+    for tokens, rows, columns in ((1024, 16, 64), (20, 1, 20), (100, 1, 64), (10**9, None, 64)):
+        config = recipe("prune").CalibrationConfig(path=data, tokens=tokens, batch_rows=3)
+        batches, _ = recipe("prune").calibration(config, weights)
+        assert {batch["input_ids"].shape[1] for batch in batches} == {columns}
+        assert rows in (None, sum(len(batch["input_ids"]) for batch in batches))
+
+
+def truncate(path: Path) -> None:
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 100)
+
+
+def lose_a_tensor(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def overflow(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_the_rope(path: Path) -> None:
+    config = runs.read_json(path / "config.json")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    runs.write_json(path / "config.json", config)
+
+
+def lose_the_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+BAD: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = {
+    "truncated shard": (truncate, (), "cut short"),
+    "missing tensor": (lose_a_tensor, (), "model.layers.1.mlp.up_proj.weight"),
+    "no weights": (lose_the_weights, (), "model.safetensors"),
+    "target too large": (None, ("target=llama3.2_1b",), "target.num_hidden_layers must be at most the source's 3"),
+    "heads do not divide": (None, ("target.num_attention_heads=3",), "nearest are 2 and 4"),
+    "unknown key": (None, ("target.hiden_size=32",), "hiden_size"),
+    "unknown target": (None, ("target=llama9_1b",), "llama3.2_1b"),
+    "unknown score": (None, ("scores.mlp=taylor",), "norm_product"),
+    "no text": (None, ("calibration.path=null",), "scores.hidden=activation is measured on text"),
+    "no text for pairs": (
+        None,
+        (
+            "calibration.path=null",
+            "scores.attention=magnitude",
+            "scores.hidden=magnitude",
+            "target.head_dim=8",
+            "target.pairs=strongest",
+        ),
+        "target.pairs=strongest is measured on text: set calibration.path, or target.pairs=first",
+    ),
+    "no text for the tie": (
+        None,
+        (
+            "calibration.path=null",
+            "scores.hidden=magnitude",
+            "target.tie_word_embeddings=true",
+            "target.tie=least_squares",
+        ),
+        "target.tie=least_squares is measured on text: set calibration.path, or target.tie=mean",
+    ),
+    "another rope": (lose_the_rope, ("target.rope=published",), "rope_type 'llama3', got 'default'"),
+    "not finite": (overflow, (), "set calibration.dtype=float32, or check the weights"),
+    "scores of nothing": (None, ("scores.path=/nowhere",), "scores.path=/nowhere holds no"),
+    "no such data": (None, ("calibration.path=/nowhere",), "/nowhere"),
+    "no such model": (None, ("model.path=/nowhere",), "/nowhere"),
+    "bad dtype": (None, ("calibration.dtype=int8",), "bfloat16"),
+    "no tokens": (None, ("calibration.tokens=0",), "calibration.tokens must be at least 1, got 0"),
+    "no out": (None, ("out=???",), "out"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_bad_input_ends_with_64_and_leaves_nothing_in_the_way_of_the_corrected_command(
+    mistake: str, command: Callable[..., tuple[int, str, str]], model: Path, data: Path, tmp_path: Path
+) -> None:
+    damage, overrides, words = BAD[mistake]
+    shutil.copytree(model, tmp_path / "model")
+    if damage is not None:
+        damage(tmp_path / "model")
+    out = tmp_path / "out"
+    good = {"model.path": tmp_path / "model", "calibration.path": data, "out": out, "target.hidden_size": 32}
+    good["calibration.tokens"] = 256
+    bad = good | dict(override.split("=") for override in overrides)
+    code, _, said = command(*(f"{name}={value}" for name, value in bad.items()))
+    assert code == 64, said
+    assert words in said
+    assert "Traceback" not in said
+    assert not out.exists() or not any(out.iterdir())
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(model, tmp_path / "model")
+    assert command(*(f"{name}={value}" for name, value in good.items()))[0] == 0
+
+
+def test_data_of_another_tokenizer_is_refused(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path, tmp_path / "data", seed=1)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        recipe("prune").run(settings(recipe, model, tmp_path / "data", tmp_path / "out"))
+    (tmp_path / "model").mkdir()
+    checkpoints.save_model(tiny_model(), tmp_path / "model", source=None, provenance={})
+    with pytest.raises(ValueError, match="640 token ids"):
+        recipe("prune").run(settings(recipe, tmp_path / "model", tmp_path / "data", tmp_path / "other"))
+
+
+def test_a_directory_of_another_run_is_refused(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, finished: Path
+) -> None:
+    with pytest.raises(ValueError, match="other settings"):
+        recipe("prune").run(settings(recipe, model, data, finished, target=plan.TargetConfig(hidden_size=32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "published"),
+    [
+        ("llama3.2_1b", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"),
+        ("llama3.2_3b", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-3B"),
+        ("llama_guard3_1b_pruned", "meta-llama/Llama-Guard-3-1B", "meta-llama/Llama-Guard-3-1B-INT4"),
+        ("custom", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_targets_on_the_command_line_are_the_published_sizes(
+    name: str, source: str, published: str, recipe: Callable[[str], ModuleType]
+) -> None:
+    recipe("prune")
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        cfg = compose("prune", [f"target={name}", "model.path=m", "out=o"])
+    config: Any = OmegaConf.to_object(cfg)
+    expected = dataclasses.replace(PUBLISHED[published], output_rows=None)
+    assert plan.target_shape(PUBLISHED[source], config.target) == expected
+    assert checkpoints.shape_of(tiny_config(**expected.config_fields())) == expected

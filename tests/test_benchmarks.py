@@ -1,0 +1,66 @@
+"""A benchmark leaves alone what it did not make."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY
+from llamita import runs
+
+
+@pytest.fixture
+def prune_large(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark, with stand-ins for what takes long."""
+    spec = importlib.util.spec_from_file_location("prune_large", REPOSITORY / "benchmarks" / "prune_large.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def make_model(path: Path) -> None:
+        path.mkdir(parents=True)
+        runs.write_json(path / "llamita.json", {"recipe": module.RECIPE})
+
+    def measure(scratch: Path, target: str, out: str, *overrides: str) -> dict[str, Any]:
+        (scratch / out).mkdir(exist_ok=True)
+        return {"target": target}
+
+    monkeypatch.setattr(module, "make_model", make_model)
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "recipe", lambda *arguments: None)
+    return module
+
+
+def start(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prune_large.py", *arguments])
+    module.main()
+
+
+def test_a_folder_of_someone_else_is_refused_and_kept(
+    prune_large: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(SystemExit, match="is not empty, and holds no model of this benchmark"):
+        start(prune_large, monkeypatch, str(tmp_path))
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_only_what_was_made_is_removed(
+    prune_large: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    start(prune_large, monkeypatch, str(scratch), "--keep")
+    assert {path.name for path in scratch.iterdir()} == {"model", "llama3.2_1b", "llama3.2_3b", "again"}
+    (scratch / "thesis.tex").touch()
+    start(prune_large, monkeypatch, str(scratch))
+    assert [path.name for path in scratch.iterdir()] == ["thesis.tex"]
+    (scratch / "thesis.tex").unlink()
+    start(prune_large, monkeypatch, str(scratch))
+    assert not scratch.exists()

@@ -1,0 +1,94 @@
+"""Every configuration composes against its schema, and mistakes in one are found."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PIPELINES = sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def composed(name: str, *overrides: str) -> Any:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_configuration_that_composes(name: str, recipe: Callable[[str], ModuleType]) -> None:
+    recipe(name)
+    assert "out" in composed(name).keys()  # noqa: SIM118  (a value that is still missing is no member)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_unknown_key_is_refused(name: str, recipe: Callable[[str], ModuleType]) -> None:
+    recipe(name)
+    with pytest.raises((HydraException, OmegaConfBaseException), match="no_such_setting"):
+        composed(name, "no_such_setting=1")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment: str, recipe: Callable[[str], ModuleType]) -> None:
+    """Its second line names its recipe: ``# recipe: distill``."""
+    second = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()[1]
+    name = second.removeprefix("# recipe: ")
+    assert name in RECIPES, f"the second line of experiment/{experiment}.yaml must be '# recipe: NAME'"
+    recipe(name)
+    schema = getattr(recipe(name), name.capitalize())
+    paths = ["out=out", *(["data.path=data", "student.path=student"] if name == "distill" else [])]
+    sys.modules["_main"].settings(composed(name, f"experiment={experiment}", *paths), schema)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_every_stage_of_every_pipeline_composes_in_its_recipe(
+    pipeline: str, recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """A typo in an override is found here, not after the stages before it have run for a week."""
+    module, main = recipe("pipeline"), sys.modules["_main"]
+    cfg = composed("pipeline", f"pipeline={pipeline}", f"out={tmp_path}")
+    for name in cfg.inputs:
+        cfg.inputs[name] = str(tmp_path / name)
+    for name, stage in main.settings(cfg, module.Pipeline).stages.items():
+        stage_module = recipe(stage.recipe)
+        schema = getattr(stage_module, stage.recipe.capitalize())
+        main.settings(composed(stage.recipe, *stage.overrides, f"out={tmp_path / name}"), schema)
+
+
+def commands() -> list[list[str]]:
+    """Every recipe with its overrides that a page shows: ``[name, override, …]``."""
+    found = []
+    for page in [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").glob("*.md"))]:
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.search(r"(?:recipes/(\w+)\.py|run\.sbatch (\w+))(.*)", line):
+                    words = shlex.split(match[3], comments=True)
+                    found.append([match[1] or match[2], *words])
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_of_the_pages_composes(
+    command: list[str], recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    name, overrides = command[0], [word for word in command[1:] if "=" in word and "…" not in word]
+    if name == "plan":  # takes the overrides of the recipe that it plans, and a few of its own
+        own = composed("plan").keys() if recipe("plan") else ()
+        name = next(word for word in overrides if word.startswith("recipe=")).removeprefix("recipe=")
+        overrides = [word for word in overrides if word.partition("=")[0] not in own or word.startswith("out=")]
+    module = recipe(name)
+    if not any(word.startswith("out=") for word in overrides):
+        overrides.append(f"out={tmp_path}")
+    composed(name, *overrides)
+    assert module

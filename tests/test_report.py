@@ -1,0 +1,539 @@
+"""The report of synthetic run directories: what is shown, what is left out, and what hostile names cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from llamita import checkpoints, runs
+from llamita.report import figures, gather, page
+from llamita.report.gather import Role
+from llamita.shapes import PUBLISHED, LlamaShape
+
+BIG = LlamaShape(
+    num_hidden_layers=8,
+    hidden_size=128,
+    intermediate_size=448,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=8,
+    vocab_size=512,
+    tie_word_embeddings=False,
+)
+SMALL = dataclasses.replace(
+    BIG, num_hidden_layers=4, hidden_size=64, intermediate_size=256, num_attention_heads=8, tie_word_embeddings=True
+)
+
+
+def hash_of(path: Path) -> str:
+    return checkpoints.content_hash(path)
+
+
+def stage(
+    path: Path,
+    recipe: str,
+    *,
+    settings: dict[str, Any] | None = None,
+    shape: LlamaShape | None = None,
+    parents: dict[str, Path] | None = None,
+    metrics: Iterable[tuple[int, dict[str, float]]] = (),
+    finish: bool = True,
+) -> Path:
+    """A directory as the recipe would leave it, with a few bytes instead of weights."""
+    with runs.start(path, recipe, settings or {}, runs.RunConfig()) as run:
+        for step, row in metrics:
+            run.log(row, step=step)
+        files = []
+        if shape is not None:
+            config = {"model_type": "llama", **shape.config_fields()}
+            (path / "config.json").write_text(json.dumps(config))
+            (path / "model.safetensors").write_bytes(str(path).encode())
+            listed = {name: {"path": str(p), "sha256": hash_of(p)} for name, p in (parents or {}).items()}
+            runs.write_json(path / "llamita.json", {"recipe": recipe, "parents": listed})
+            files = ["config.json", "model.safetensors", "llamita.json"]
+        if finish:
+            run.finish(files, parents={name: hash_of(p) for name, p in (parents or {}).items()})
+    return path
+
+
+def training(start: float, end: float, *, taught: bool, speed: float = 5e5) -> list[tuple[int, dict[str, float]]]:
+    """Metrics of a training run whose held-out bits per byte fall from ``start`` to ``end``."""
+    noise = np.random.default_rng(int(end * 1e4))
+    rows: list[tuple[int, dict[str, float]]] = []
+    for step in range(0, 401, 10):
+        share = np.exp(-step / 45)
+        bits = end + (start - end) * share
+        row = {
+            "train/loss": bits * 1.9,
+            "train/ce": bits * 1.9 + 0.06 * noise.standard_normal(),
+            "data/tokens": step * 16384,
+            "optim/lr": 1e-3,
+            "perf/tokens_per_s_per_gpu": speed * (1 + 0.03 * noise.standard_normal()),
+            "perf/step_s": 0.4,
+            "perf/data_s": 0.004,
+        }
+        if taught:
+            row |= {"train/kd": bits - 0.9 + 0.03 * noise.standard_normal(), "perf/teacher_s": 0.11}
+        rows.append((step, row))
+        if step % 100 == 0:
+            rows.append((step, {"perf/save_s": 0.2}))
+        if step % 50 == 0:
+            rows.append((step, {"val/held_out/bits_per_byte": bits, "val/held_out/loss": bits * 1.9}))
+    return rows
+
+
+def write_plan(path: Path, source: LlamaShape, target: LlamaShape, *, scores: bool = True) -> None:
+    """Plan and scores as the pruning stage saves them."""
+    noise = np.random.default_rng(0)
+    folder = path / "pruning"
+    folder.mkdir(exist_ok=True)
+    num_layers, group = source.num_hidden_layers, target.num_attention_heads // target.num_key_value_heads
+    layers = np.sort(noise.permutation(num_layers)[: target.num_hidden_layers])
+    mlp = np.exp(noise.standard_normal((num_layers, source.intermediate_size)) + 0.1 * np.arange(num_layers)[:, None])
+    hidden = np.exp(
+        1.2
+        * noise.standard_normal((num_layers, 2, source.hidden_size))
+        * np.linspace(1, 0.4, num_layers)[:, None, None]
+    )
+    kept_mlp = np.sort(np.argsort(-mlp[layers], axis=1)[:, : target.intermediate_size], axis=1)
+    kept_hidden = np.sort(np.argsort(-hidden[layers].sum((0, 1)))[: target.hidden_size])
+    width = source.num_attention_heads // source.num_key_value_heads
+    inside = np.sort(noise.random((len(layers), source.num_key_value_heads, width)).argsort(-1)[..., :group], -1)
+    heads = (inside + width * np.arange(source.num_key_value_heads)[:, None]).reshape(len(layers), -1)
+    kinds = {"mlp": "activation", "attention": "activation", "hidden": "activation", "layers": "block_influence"}
+    rest = {
+        "format": 1,
+        "source": dataclasses.asdict(source),
+        "target": dataclasses.asdict(target),
+        "rope": "parent",
+        "tie": None,
+        "scores": kinds,
+    }
+    tensors = {"layers": layers, "mlp": kept_mlp, "hidden": kept_hidden, "heads": heads}
+    save_file(tensors, folder / "plan.safetensors", {"plan": json.dumps(rest)})
+    if scores:
+        measured = {
+            "layers.block_influence": 0.05 + noise.random(num_layers) * np.linspace(1, 0.3, num_layers),
+            "mlp.activation": mlp,
+            "attention.activation": noise.random((num_layers, source.num_attention_heads, source.head_dim)),
+            "hidden.activation": hidden,
+        }
+        save_file(measured, folder / "scores.safetensors", {"info": "{}"})
+
+
+def value(number: float, stderr: float | None = 0.004) -> dict[str, float | None]:
+    return {"value": number, "stderr": stderr}
+
+
+def entry(path: Path, shape: LlamaShape, bits: float, kl: float | None) -> dict[str, Any]:
+    values = {"loss": value(bits * 1.9), "bits_per_byte": value(bits), "perplexity": value(float(np.exp(bits * 1.9)))}
+    if kl is not None:
+        values |= {"kl": value(kl), "top1_agree": value(float(np.exp(-kl)))}
+    scores = {f"task_{n}": {"acc": value(0.2 + 0.6 / bits + 0.1 * n, 0.03)} for n in (0, 1)}
+    return {
+        "path": str(path),
+        "sha256": hash_of(path),
+        "parameters": shape.num_parameters,
+        "shape": dataclasses.asdict(shape),
+        "values": values,
+        "tasks": scores,
+    }
+
+
+def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[str, Path]:
+    """Teacher, pruned, distilled, two baselines and their evaluation."""
+    teacher = stage(root / "teacher", "distill", shape=big, metrics=training(3.0, 1.02, taught=False))
+    pruned = stage(
+        root / "pruned", "prune", settings={"target": {"hidden_size": 64}}, shape=small, parents={"model": teacher}
+    )
+    write_plan(pruned, big, small)
+    taught = {"teachers": {"large": {"path": str(teacher)}}}
+    fresh = {"student": {"path": str(pruned), "init": "random"}}
+    family = {"student": pruned, "large": teacher}
+    distilled = stage(
+        root / "distilled", "distill", settings=taught, shape=small, parents=family,
+        metrics=training(6.4, 1.21, taught=True),
+    )  # fmt: skip
+    plain = stage(
+        root / "ce only", "distill", settings={"teachers": {}}, shape=small, parents={"student": pruned},
+        metrics=training(6.4, 1.32, taught=False, speed=6.4e5),
+    )  # fmt: skip
+    random = stage(
+        root / "random", "distill", settings=taught | fresh, shape=small, parents=family,
+        metrics=training(7.9, 1.36, taught=True),
+    )  # fmt: skip
+    evaluation = stage(root / "evaluation", "evaluate")
+    models = {
+        "teacher": entry(teacher, big, 1.02, None),
+        "pruned": entry(pruned, small, 6.4, 9.0),
+        "distilled": entry(distilled, small, 1.21, 0.31),
+        "ce only": entry(plain, small, 1.32, 0.52),
+        "random": entry(random, small, 1.36, 0.49),
+    }
+    gap = {"first": "distilled", "second": "ce only", "bits_per_byte": value(-0.11, 0.002)}
+    runs.write_json(
+        evaluation / "evaluation.json",
+        {
+            "data": {"split": "validation", "rows": 128, "tokens": 130_000, "utf8_bytes": 417_000},
+            "teacher": "teacher",
+            "models": models,
+            "differences": [gap],
+        },
+    )
+    names = ("teacher", "pruned", "distilled", "ce only", "random", "evaluation")
+    return {name: root / name for name in names}
+
+
+class Reader(html.parser.HTMLParser):
+    """Elements, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def ids(self) -> list[str]:
+        return [value for _, name, value in self.attributes if name == "id"]
+
+
+def drawn(paths: dict[str, Path], out: Path) -> str:
+    page.write(gather.gather(paths), out)
+    return (out / page.PAGE).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], gather.Report, Path, str]:
+    """Directories of a whole pipeline, what was gathered, where the page is, and the page."""
+    root = tmp_path_factory.mktemp("world")
+    paths = world(root)
+    text = drawn(paths, root / "report")
+    return paths, gather.gather(paths), root / "report", text
+
+
+SECTIONS = {"quality", "tasks-section", "size", "kept", "training", "lineage"}
+PICTURES = {"recovery", "parameters", "tasks", "losses", "throughput"}
+PICTURES |= {"heads-pruned", "mlp-pruned", "hidden-pruned", "layers-pruned"}
+
+
+def test_a_whole_pipeline_has_every_section_and_picture(whole: Any) -> None:
+    _, _, out, text = whole
+    ids = set(Reader(text).ids)
+    assert ids >= SECTIONS | PICTURES
+    assert {file.stem for file in (out / "plots").iterdir()} == PICTURES
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (out / "plots").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "sections", "pictures"),
+    [
+        (["pruned"], {"quality", "kept", "lineage"}, {n for n in PICTURES if n.endswith("-pruned")}),
+        (["distilled"], {"quality", "training", "lineage"}, {"recovery", "losses", "throughput"}),
+        (["evaluation"], {"quality", "tasks-section", "lineage"}, {"tasks"}),
+        (["teacher", "pruned"], {"quality", "size", "kept", "training", "lineage"}, None),
+    ],
+)
+def test_sections_without_input_are_left_out(
+    whole: Any, names: list[str], sections: set[str], pictures: set[str] | None, tmp_path: Path
+) -> None:
+    text = drawn({name: whole[0][name] for name in names}, tmp_path)
+    ids = set(Reader(text).ids)
+    assert ids & SECTIONS == sections
+    if pictures is not None:
+        assert ids & PICTURES == pictures
+    links = {value for tag, name, value in Reader(text).attributes if (tag, name) == ("a", "href")}
+    assert links == {f"#{section}" for section in sections}
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(whole: Any) -> None:
+    text = whole[3]
+    reader = Reader(text)
+    forbidden = {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "img",
+        "image",
+        "video",
+        "audio",
+        "form",
+        "base",
+        "foreignobject",
+    }
+    assert not forbidden & {element.lower() for element in reader.elements}
+    for tag, name, value in reader.attributes:
+        assert name not in {"src", "srcset", "action", "data", "background", "poster", "ping"}, (tag, name)
+        assert not name.startswith("on"), (tag, name)
+        if name.endswith("href"):
+            assert value.startswith("#"), (tag, value)
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "default-src 'none'" in text
+
+
+def test_identifiers_are_unique_and_references_lead_somewhere(whole: Any) -> None:
+    reader = Reader(whole[3])
+    assert len(reader.ids) == len(set(reader.ids))
+    wanted = set(re.findall(r"url\(#([^)]+)\)", whole[3]))
+    wanted |= {value[1:] for _, name, value in reader.attributes if name == "href"}
+    assert wanted <= set(reader.ids)
+
+
+def test_every_colour_of_a_picture_is_a_variable(whole: Any) -> None:
+    """So one picture is right in light and in dark."""
+    pictures = re.findall(r"<svg.*?</svg>", whole[3], flags=re.DOTALL)
+    assert len(pictures) == len(PICTURES)
+    for picture in pictures:
+        assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", picture)
+    used = set(re.findall(r"var\((--[a-z0-9-]+)\)", whole[3]))
+    for theme in (figures.LIGHT, figures.DARK):
+        assert used - {"--sans", "--mono", "--page", "--line", "--soft"} <= set(figures.variables(theme))
+
+
+def test_a_page_is_the_same_when_it_is_drawn_again(whole: Any, tmp_path: Path) -> None:
+    again = drawn(whole[0], tmp_path)
+    made = r"Made \d{4}-\d\d-\d\d \d\d:\d\d UTC"
+    assert re.sub(made, "", again) == re.sub(made, "", whole[3])
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</svg></style><script>",
+    "$\\frac{$ ${7*7} {{ 7*7 }} {% raw %}",
+    "[bold red]x[/] & <b>",
+    "https://example.invalid/#fe0100",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path) -> None:
+    """As a run, as a model of an evaluation, as a task, as a setting and as a parent."""
+    found = runs.read_json(whole[0]["evaluation"] / "evaluation.json")
+    found["models"]["only evaluated " + name] = dict(found["models"].pop("random"), sha256=name, path=name)
+    found["models"]["ce only"]["tasks"] = {name: {"acc": value(0.5), name: value(0.25)}}
+    found["differences"][0]["first"] = name
+    evaluation = stage(tmp_path / "evaluation", "evaluate")
+    runs.write_json(evaluation / "evaluation.json", found)
+    strange = stage(
+        tmp_path / "strange",
+        "distill",
+        settings={"note": name, "teachers": {name: {}}},
+        shape=SMALL,
+        parents={name: whole[0]["pruned"]},
+        metrics=training(5.0, 1.5, taught=True),
+    )
+    report = gather.gather({name: whole[0]["distilled"], name + "2": strange, "evaluation": evaluation})
+    sketches = page._sketches(report)
+    reader = Reader(page.html(report, sketches))
+    assert not {"script", "img"} & set(reader.elements)
+    assert not [attribute for attribute in reader.attributes if attribute[1].startswith("on")]
+    assert name in "".join(reader.text)
+    assert "49" not in page.verdict(report)[0][0]
+    assert figures.save_png(sketches["recovery"][0], tmp_path).is_file()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(page.terminal_table(report))
+    assert name in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_roles_follow_from_lineage(whole: Any) -> None:
+    report = whole[1]
+    assert {model.name: model.role for model in report.models} == {
+        "teacher": Role.teacher,
+        "pruned": Role.pruned,
+        "distilled": Role.distilled,
+        "ce only": Role.baseline,
+        "random": Role.baseline,
+    }
+    assert report.result is report.first(Role.distilled)
+    assert report.models[0].role is Role.teacher
+
+
+def test_a_training_run_alone_is_no_baseline(whole: Any) -> None:
+    assert gather.gather({"teacher": whole[0]["teacher"]}).models[0].role is Role.other
+
+
+def test_directories_may_have_moved_since_the_evaluation(whole: Any, tmp_path: Path) -> None:
+    """Models are known by their content, not by their place or display name."""
+    moved = {}
+    for name, path in whole[0].items():
+        moved[f"my {name}"] = tmp_path / name
+        (tmp_path / name).symlink_to(path)
+    report = gather.gather(moved)
+    assert {model.name for model in report.models} == {f"my {name}" for name in whole[0] if name != "evaluation"}
+    assert all("bits_per_byte" in model.values for model in report.models)
+
+
+def test_the_recovered_share_is_what_its_definition_says(whole: Any) -> None:
+    report = whole[1]
+    share = {model.name: model.recovered for model in report.models}
+    assert share["teacher"] is None
+    assert share["pruned"] is None
+    assert share["distilled"] == pytest.approx((6.4 - 1.21) / (6.4 - 1.02))
+    assert share["ce only"] == pytest.approx((6.4 - 1.32) / (6.4 - 1.02))
+
+
+def test_the_verdict_gives_the_numbers(whole: Any) -> None:
+    text = "".join(piece for piece, _ in page.verdict(whole[1]))
+    for expected in (figures.short(BIG.num_parameters), "1.020", "6.400", "1.210", "96", "every baseline"):
+        assert expected in text
+
+
+def test_a_difference_is_signed_from_the_result(whole: Any) -> None:
+    assert page._gaps(whole[1]) == [{"other": "ce only", "gap": gather.Estimate(-0.11, 0.002)}]
+    turned = dict(whole[1].differences[0], first="ce only", second="distilled")
+    report = dataclasses.replace(whole[1], differences=[turned])
+    assert page._gaps(report) == [{"other": "ce only", "gap": gather.Estimate(0.11, 0.002)}]
+
+
+def test_kept_units_are_those_of_the_plan(whole: Any) -> None:
+    kept = whole[1].kept[0]
+    assert kept.layers.sum() == SMALL.num_hidden_layers
+    assert kept.hidden.sum() == SMALL.hidden_size
+    np.testing.assert_array_equal(kept.mlp.sum(1), SMALL.intermediate_size * kept.layers)
+    np.testing.assert_array_equal(kept.heads.sum(1), SMALL.num_attention_heads * kept.layers)
+    for layer in np.flatnonzero(kept.layers):
+        worst = kept.mlp_scores[layer][kept.mlp[layer]].min()
+        assert worst > kept.mlp_scores[layer][~kept.mlp[layer]].max()
+    expected = np.sort(kept.hidden_scores)[::-1][: SMALL.hidden_size].sum() / kept.hidden_scores.sum()
+    assert kept.hidden_share == pytest.approx(expected)
+
+
+def test_a_plan_without_scores_still_shows_its_heads(tmp_path: Path) -> None:
+    path = stage(tmp_path / "pruned", "prune", shape=SMALL)
+    write_plan(path, BIG, SMALL, scores=False)
+    ids = set(Reader(drawn({"pruned": path}, tmp_path / "out")).ids)
+    assert ids & PICTURES == {"heads-pruned"}
+
+
+def test_scores_of_another_run_are_found_through_the_settings(whole: Any, tmp_path: Path) -> None:
+    settings = {"scores": {"path": str(whole[0]["pruned"])}}
+    path = stage(tmp_path / "pruned", "prune", settings=settings, shape=SMALL)
+    write_plan(path, BIG, SMALL, scores=False)
+    kept = gather.gather({"pruned": path}).kept[0]
+    np.testing.assert_array_equal(kept.mlp_scores, whole[1].kept[0].mlp_scores)
+
+
+def test_two_plans_have_pictures_of_their_own(whole: Any, tmp_path: Path) -> None:
+    """Names that differ only in what a file name cannot hold."""
+    reader = Reader(drawn({"a b": whole[0]["pruned"], "a_b": whole[0]["pruned"]}, tmp_path))
+    assert {"heads-a-b", "heads-a-b-2"} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_an_unfinished_run_is_shown_as_such(tmp_path: Path) -> None:
+    path = stage(
+        tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=training(5, 2, taught=True), finish=False
+    )
+    report = gather.gather({"d": path})
+    assert report.models[0].role is Role.distilled
+    assert report.models[0].values["bits_per_byte"].value == pytest.approx(2, abs=0.01)
+    assert "not finished" in drawn({"d": path}, tmp_path / "out")
+
+
+def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
+    rows = [(step, {"data/tokens": 100.0 * step, "perf/tokens_per_s_per_gpu": 5.0}) for step in range(4)]
+    path = stage(tmp_path / "d", "distill", metrics=rows, finish=False)
+    stage(path, "distill", metrics=[(step, {**row, "perf/tokens_per_s_per_gpu": 7.0}) for step, row in rows[2:]])
+    model = gather.gather({"d": path}).models[0]
+    assert model.stage is not None
+    assert gather.series(model.stage.metrics, "perf/tokens_per_s_per_gpu") == ([0, 100, 200, 300], [5, 5, 7, 7])
+    assert gather.restarts(model.stage.metrics) == [100]
+    assert model.stage.restarts == 1
+
+
+def test_a_value_logged_without_tokens_is_placed_by_its_step() -> None:
+    rows = [{"step": 0, "v": 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, "v": 3.0}, {"step": 7, "v": 1.0}]
+    assert gather.series(rows, "v") == ([0.0, 50.0], [9.0, 3.0])
+
+
+def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other_rows(whole: Any) -> None:
+    """Runs that measured harder rows than the evaluation: curve end 1.31 where the evaluation has 1.21."""
+    report = whole[1]
+    ends = {curve.model.name: curve.values[-1] for curve in report.curves}
+    gap = 1.21 - 1.02
+    assert figures.teacher_level(report) == pytest.approx(ends["distilled"] - gap)
+    curves = [dataclasses.replace(c, values=[value + 0.1 for value in c.values]) for c in report.curves]
+    assert figures.teacher_level(dataclasses.replace(report, curves=curves)) == pytest.approx(
+        ends["distilled"] + 0.1 - gap
+    )
+
+
+@pytest.mark.parametrize("shape", [*PUBLISHED.values(), BIG, SMALL], ids=str)
+def test_components_add_up_to_all_parameters(shape: LlamaShape) -> None:
+    assert sum(figures.components(shape).values()) == shape.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00k"), (12_345, "12.3k"), (999_600, "1.00M"), (1_235_814_400, "1.24B")],
+)
+def test_counts_are_said_in_three_digits(number: float, text: str) -> None:
+    assert figures.short(number) == text
+
+
+def test_smoothing_keeps_constants_and_straight_lines() -> None:
+    assert figures.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
+    line = [float(x) for x in range(200)]
+    assert figures.smoothed(line)[10:-10] == pytest.approx(line[10:-10])
+    assert figures.smoothed([1.0]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "broken", ["plan.safetensors", "scores.safetensors", "evaluation.json", "config.json", "DONE.json"]
+)
+def test_a_damaged_file_is_named(broken: str, tmp_path: Path) -> None:
+    paths = world(tmp_path)
+    file = next(tmp_path.rglob(broken))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=re.escape(broken)):
+        gather.gather(paths)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"runs must name"):
+        gather.gather({})
+    with pytest.raises(ValueError, match=r"runs\.a=.* is not a directory"):
+        gather.gather({"a": tmp_path / "none"})
+    with pytest.raises(ValueError, match=r"runs\.a=.* is neither a run directory"):
+        gather.gather({"a": tmp_path})
+
+
+def test_a_model_directory_of_strangers_can_be_the_teacher(whole: Any, tmp_path: Path) -> None:
+    """It has no run files; the evaluation knows it by its place."""
+    teacher = tmp_path / "hub"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps({"model_type": "llama", **BIG.config_fields()}))
+    evaluation = stage(tmp_path / "e", "evaluate")
+    found = {"data": {}, "teacher": "teacher", "differences": []}
+    models = {"teacher": entry(teacher, BIG, 1.0, None), "distilled": entry(whole[0]["distilled"], SMALL, 1.2, 0.3)}
+    runs.write_json(evaluation / "evaluation.json", found | {"models": models})
+    report = gather.gather({"Llama": teacher, "distilled": whole[0]["distilled"], "e": evaluation})
+    assert [(model.name, model.role) for model in report.models] == [
+        ("Llama", Role.teacher),
+        ("distilled", Role.distilled),
+    ]

@@ -1,0 +1,260 @@
+"""A run directory has one owner, one set of settings, and is finished or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+
+from llamita import runs
+from llamita.runs import RunConfig
+
+SETTINGS = {"lr": 0.1, "loss": {"temperature": 1.0}, "checkpoint_every": 10}
+
+
+def finish(path: Path) -> None:
+    with runs.start(path, "distill", SETTINGS, RunConfig()) as run:
+        (path / "model.bin").write_bytes(b"weights")
+        run.log({"train/loss": 1.0}, step=1)
+        run.finish(["model.bin"], summary={"loss": 1.0})
+
+
+def test_a_finished_directory_is_done_and_lists_what_it_holds(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    done = runs.check_done(tmp_path / "out")
+    assert done["files"]["model.bin"]["bytes"] == 7
+    assert done["files"]["model.bin"]["sha256"] == runs.sha256(tmp_path / "out" / "model.bin")
+    with runs.start(tmp_path / "out", "distill", SETTINGS, RunConfig()) as run:
+        assert run.done
+
+
+def test_a_changed_file_in_a_finished_directory_is_noticed(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    (tmp_path / "out" / "model.bin").write_bytes(b"weight")
+    with (
+        pytest.raises(ValueError, match=r"model\.bin has 6 bytes"),
+        runs.start(tmp_path / "out", "distill", SETTINGS, RunConfig()),
+    ):
+        pass
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    other = {**SETTINGS, "loss": {"temperature": 2.0}}
+    with (
+        pytest.raises(ValueError, match=r"loss\.temperature: 1\.0 -> 2\.0"),
+        runs.start(tmp_path / "out", "distill", other, RunConfig()),
+    ):
+        pass
+
+
+def test_a_setting_that_may_change_may_change(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with runs.start(out, "distill", SETTINGS, RunConfig()):
+        pass
+    with runs.start(out, "distill", {**SETTINGS, "checkpoint_every": 5}, RunConfig(), may_change={"checkpoint_every"}):
+        pass
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    with (
+        pytest.raises(ValueError, match="belongs to a run of recipe 'distill'"),
+        runs.start(tmp_path / "out", "prune", SETTINGS, RunConfig()),
+    ):
+        pass
+
+
+def test_a_directory_of_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(ValueError, match="holds files that no run wrote"),
+        runs.start(tmp_path, "distill", SETTINGS, RunConfig()),
+    ):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_first_start_that_fails_before_any_work_leaves_no_trace(tmp_path: Path) -> None:
+    """So the corrected command is not refused for its other settings."""
+    with pytest.raises(ValueError, match="wrong"), runs.start(tmp_path / "out", "x", SETTINGS, RunConfig()):
+        raise ValueError("wrong")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_after_some_work_keeps_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrong"), runs.start(tmp_path / "out", "x", SETTINGS, RunConfig()) as run:  # noqa: PT012
+        run.log({"train/loss": 1.0}, step=1)
+        raise ValueError("wrong")
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
+def test_a_folder_of_the_users_named_logs_makes_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    with (
+        pytest.raises(ValueError, match="holds files that no run wrote"),
+        runs.start(tmp_path, "prepare", SETTINGS, RunConfig()),
+    ):
+        pass
+    assert (tmp_path / "tokenizer").is_dir()
+
+
+def test_a_live_owner_keeps_its_directory_and_a_dead_one_loses_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = (
+        "import sys, time; from pathlib import Path; from llamita import runs\n"
+        f"with runs.start(Path({str(out)!r}), 'distill', {SETTINGS!r}, runs.RunConfig()):\n"
+        "    print('mine', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "mine\n"
+        with (
+            pytest.raises(ValueError, match=f"owned by another run: process {owner.pid}"),
+            runs.start(out, "distill", SETTINGS, RunConfig()),
+        ):
+            pass
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    with runs.start(out, "distill", SETTINGS, RunConfig()) as run:
+        assert run.identity["restarts"] == 1
+    assert not (out / ".lock").exists()
+
+
+def test_an_old_lock_of_another_host_is_taken_over_and_a_fresh_one_is_not(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": None}))
+    with pytest.raises(ValueError, match="process 1 on elsewhere"), runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        pass
+    old = time.time() - runs.STALE_SECONDS - 1
+    os.utime(lock, (old, old))
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_whose_writer_died_in_the_middle_is_taken_over_once_it_is_old(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text('{"host": "else')
+    with pytest.raises(ValueError, match="owned by another run"), runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        pass
+    old = time.time() - runs.STALE_SECONDS - 1
+    os.utime(lock, (old, old))
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_silent_lock_of_a_process_that_lives_is_kept(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        old = time.time() - runs.STALE_SECONDS - 1
+        os.utime(tmp_path / ".lock", (old, old))
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+            runs.Lock(tmp_path).acquire()
+
+
+def test_a_lock_that_another_has_taken_meanwhile_is_put_back(tmp_path: Path) -> None:
+    lock = runs.Lock(tmp_path)
+    (tmp_path / ".lock").write_text('{"host": "new"}')
+    lock._take_over({"host": "dead"})
+    assert (tmp_path / ".lock").read_text() == '{"host": "new"}'
+    lock._take_over({"host": "new"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_identity_survives_a_restart(tmp_path: Path) -> None:
+    ids = []
+    for _ in range(2):
+        with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+            ids.append(run.identity["id"])
+    assert ids[0] == ids[1]
+
+
+def test_a_metric_line_that_a_crash_cut_is_mended(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        run.log({"train/loss": 2.0}, step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        run.log({"train/loss": 1.0}, step=2)
+    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [2.0, 1.0]
+
+
+def test_steps_repeated_after_a_restart_are_read_once(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        for step in (1, 2, 3):
+            run.log({"train/loss": float(step)}, step=step)
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        for step in (2, 3, 4):
+            run.log({"train/loss": float(10 * step)}, step=step)
+    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [1.0, 20.0, 30.0, 40.0]
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_text(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": object()})
+    assert runs.read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_stop_signal_sets_a_flag_and_nothing_else(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        assert not run.stop.is_set()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert run.stop.is_set()
+
+
+def test_a_stage_without_state_ends_where_it_is_asked_to_stop(tmp_path: Path) -> None:
+    seen = []
+    with pytest.raises(runs.Stopped), runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:  # noqa: PT012
+        for item in run.until_stopped([1, 2, 3]):
+            seen.append(item)
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [1]
+
+
+class Colour(StrEnum):
+    red = "red"
+
+
+@dataclass(kw_only=True)
+class Settings:
+    colour: Colour = Colour.red
+    path: Path = Path("a/b")
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def test_settings_become_plain_values() -> None:
+    assert runs.plain(Settings()) == {"colour": "red", "path": "a/b", "sizes": [1, 2]}
+
+
+def test_a_seed_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"run\.seed must be in 0\.\.4294967295, got -1"):
+        RunConfig(seed=-1)
+
+
+def test_wandb_gets_the_metrics_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig(wandb=runs.WandbMode.offline)) as run:
+        run.log({"train/loss": 1.0}, step=1)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "hf_canaryCANARYcanaryCANARYcanaryCANARY00"
+    monkeypatch.setenv("HF_TOKEN", canary)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with runs.start(tmp_path / "out", "x", SETTINGS, RunConfig(wandb=runs.WandbMode.offline)) as run:
+        run.log({"train/loss": 1.0}, step=1)
+        run.finish([])
+    for file in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert canary.encode() not in file.read_bytes(), file
