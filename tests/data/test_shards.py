@@ -190,10 +190,16 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_truncated_shard_is_refused_by_name(data: Path) -> None:
     shard = data / "shards" / "train-00002.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"train-00002\.bin has 191 bytes, data\.json says 192"):
+    with pytest.raises(ValueError, match=r"train-00002\.bin has 203 bytes, data\.json says 204"):
         PackedData.open(data)
 
 
@@ -203,14 +209,29 @@ def test_a_missing_shard_is_refused_by_name(data: Path) -> None:
         PackedData.open(data)
 
 
-def test_one_flipped_bit_is_found_by_verify(data: Path) -> None:
-    shard = data / "shards" / "train-00003.bin"
-    content = bytearray(shard.read_bytes())
-    content[8] ^= 1
-    shard.write_bytes(content)
+@pytest.mark.parametrize("byte", [8, 64 + 1])
+def test_one_flipped_bit_is_found_by_verify(data: Path, byte: int) -> None:
+    flip(data / "shards" / "train-00003.bin", byte)
     PackedData.open(data)
     with pytest.raises(ValueError, match=r"train-00003\.bin has another content than data\.json says"):
         PackedData.open(data, verify=True)
+
+
+@pytest.mark.parametrize("byte", [64 + 8, 3 * 64 + 5])
+def test_one_flipped_bit_is_found_when_its_row_is_read(data: Path, byte: int) -> None:
+    """In the row itself or in its checksum; the rows around it are still good."""
+    flip(data / "shards" / "train-00001.bin", byte)
+    split = PackedData.open(data).split("train")
+    split.rows(np.array([0, 1, 2, 3, 5, 9]))
+    with pytest.raises(ValueError, match=r"train-00001\.bin: row 1 is not what was written"):
+        split.rows(np.array([3, 9, 4]))
+
+
+def test_a_manifest_of_other_rows_is_refused(data: Path) -> None:
+    text = (data / "data.json").read_text().replace('"sequence_length": 16', '"sequence_length": 8')
+    (data / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=r"204 bytes, which is not 3 rows of sequence_length=8"):
+        PackedData.open(data)
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_its_file(data: Path) -> None:
@@ -221,17 +242,6 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_file(data: Path) -> None
     assert highest >= 100
     with pytest.raises(ValueError, match=r"train-0000\d\.bin holds token id \d+, but the vocabulary has 100"):
         PackedData.open(data)
-
-
-def test_an_id_that_was_put_there_later_is_found_when_it_is_read(data: Path) -> None:
-    shard = data / "shards" / "train-00001.bin"
-    words = np.fromfile(shard, dtype=np.uint32)
-    words[5] = VOCAB
-    words.tofile(shard)
-    split = PackedData.open(data).split("train")
-    split.rows(np.arange(3))
-    with pytest.raises(ValueError, match=r"train-00001\.bin holds token id 128, but the vocabulary has 128"):
-        split.rows(np.arange(3, 6))
 
 
 def test_a_shard_outside_the_directory_is_refused(data: Path) -> None:
