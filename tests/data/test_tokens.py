@@ -87,6 +87,19 @@ def test_a_saved_tokenizer_is_the_same_one_beside_any_model(tokenizer: PreTraine
     assert (again.bos_token, again.eos_token, again.pad_token) == (tokens.BOS, tokens.EOS, tokens.PAD)
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Unheard"])
+def test_what_a_tokenizer_does_is_in_its_file_whatever_class_its_settings_name(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """transformers 5.17 would build Llama 2's pipeline for the first two: other ids, without a word."""
+    tokens.save(tokenizer, None, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    again = tokens.load(tmp_path / "tokenizer")
+    assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
+    assert checkpoints.tokenizer_hash(again) == checkpoints.tokenizer_hash(tokenizer)
+
+
 def test_a_special_token_in_a_text_is_only_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """A page about Llama 3 must not end the document it is in."""
     words = tokens.TextEncoder(tokenizer)({"text": [f"It ends with {tokens.EOS}."]})["words"][0]
