@@ -66,16 +66,6 @@ def decode(word_BS: Words) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(batch: Mapping[str, Tensor]) -> Batch:
-    """The rows of a batch end to end as one row.
-
-    What FlashAttention needs: transformers derives its varlen borders from restarting position ids only where the
-    batch size is one, and lets documents attend to each other without a word where it is larger. Nothing else
-    changes, because every row starts with a document of its own, whose first token is not predicted.
-    """
-    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
-
-
 def write(
     folder: Path, split: str, stream: Words, packing: Packing, *, pad_id: int, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, Any]:
@@ -174,6 +164,7 @@ def publishing(out: Path) -> Iterator[Path]:
         yield folder
         for file in files(folder):
             runs.fsync(file)
+            runs.fsync(file.parent)
         runs.crash_point("before_rename")
         for path in sorted(folder.glob("[!.]*")):
             path.rename(out / path.name)
