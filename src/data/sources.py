@@ -114,7 +114,10 @@ def resolve(name: str, config: SourceConfig) -> Source:
         return Source(name=name, kind=Kind.datasets, config=config, files=())
     files, named = _find(path)
     if not files:
-        raise ValueError(f"{setting} does not exist or holds no file")
+        raise ValueError(
+            f"{setting} does not exist or holds no file; for a data set of the hub set kind=datasets (and "
+            "allow_network=true where it is not here yet)"
+        )
     if config.suffixes:
         files = [file for file in files if suffix_of(file) in config.suffixes]
     kind = config.kind or _kind_of(files, setting, default=Kind.text if config.suffixes else None)
