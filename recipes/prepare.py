@@ -99,6 +99,11 @@ def prepare(
     documents = corpus.read(found, scratch, seed=config.run.seed, allow_network=config.allow_network)
     stop_if_asked(run)
     held = split.hold_out(documents.priority, config.validation)
+    if config.validation.fraction and not held.any():
+        raise ValueError(
+            f"validation.fraction={config.validation.fraction} can hold nothing out of a single document (of kind=text "
+            "each file is one): give several documents, or set validation.fraction=0"
+        )
     if tokenizer is None:
         texts = corpus.sample(documents, ~held, config.tokenizer.train_bytes)
         tokenizer = tokens.train(texts, config.tokenizer.vocab_size)

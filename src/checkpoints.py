@@ -24,7 +24,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamita import runs
 from llamita.shapes import LlamaShape
@@ -232,7 +232,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path} has no tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # Not AutoTokenizer: that of transformers 5.17 builds Llama 2's pipeline over Llama 3's vocabulary where
+    # tokenizer_config.json names the class LlamaTokenizer, whatever tokenizer.json says.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 

@@ -1,8 +1,9 @@
 """Packed rows on disk: raw memory-mapped words, a manifest with a checksum for each file, and a strict reader.
 
-A shard is nothing but its rows: ``sequence_length`` little-endian 32-bit words each. The low 30 bits of a word are a
-token id; bit 31 says that a document (or a piece of one) starts here, bit 30 that the token is not supervised. Padding
-at the end of a row is one more document of unsupervised pad tokens. Position ids and labels follow from the two bits.
+A shard is its rows, ``sequence_length`` little-endian 32-bit words each, and behind them a CRC-32 of each row. The low
+30 bits of a word are a token id; bit 31 says that a document (or a piece of one) starts here, bit 30 that the token is
+not supervised. Padding at the end of a row is one more document of unsupervised pad tokens. Position ids and labels
+follow from the two bits.
 
 Shape letters: B = rows, S = positions.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,16 +66,6 @@ def decode(word_BS: Words) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(batch: Mapping[str, Tensor]) -> Batch:
-    """The rows of a batch end to end as one row.
-
-    What FlashAttention needs: transformers derives its varlen borders from restarting position ids only where the
-    batch size is one, and lets documents attend to each other without a word where it is larger. Nothing else
-    changes, because every row starts with a document of its own, whose first token is not predicted.
-    """
-    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
-
-
 def write(
     folder: Path, split: str, stream: Words, packing: Packing, *, pad_id: int, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, Any]:
@@ -102,22 +94,36 @@ def _write_shard(
 ) -> dict[str, Any]:
     last = min(first + rows_per_shard, packing.num_rows)
     digest, max_id, labels = hashlib.sha256(), 0, 0
+    checks: list[Words] = []
     with path.open("wb") as file:
         for word_BS in blocks(stream, packing, first, last, pad_id):
-            data = word_BS.astype("<u4", copy=False).data
-            file.write(data)
-            digest.update(data)
+            data = word_BS.astype("<u4", copy=False)
+            file.write(data.data)
+            digest.update(data.data)
+            checks.append(row_checks(data))
             max_id = max(max_id, int((word_BS & ID).max()))
             labels += int(np.count_nonzero(word_BS < UNSUPERVISED))
+        check_R = np.concatenate(checks).data
+        file.write(check_R)
+        digest.update(check_R)
     runs.crash_point("after_shard")
     return {
         "file": f"{FOLDER}/{path.name}",
         "rows": last - first,
-        "bytes": 4 * (last - first) * packing.sequence_length,
+        "bytes": _shard_size(last - first, packing.sequence_length),
         "labels": labels,
         "max_id": max_id,
         "sha256": digest.hexdigest(),
     }
+
+
+def row_checks(word_BS: Words) -> Words:
+    """CRC-32 of each row as it lies on disk."""
+    return np.array([zlib.crc32(row) for row in np.ascontiguousarray(word_BS, dtype="<u4")], dtype="<u4")
+
+
+def _shard_size(rows: int, sequence_length: int) -> int:
+    return 4 * rows * (sequence_length + 1)
 
 
 def blocks(stream: Words, packing: Packing, first: int, last: int, pad_id: int) -> Iterator[Words]:
@@ -158,6 +164,7 @@ def publishing(out: Path) -> Iterator[Path]:
         yield folder
         for file in files(folder):
             runs.fsync(file)
+            runs.fsync(file.parent)
         runs.crash_point("before_rename")
         for path in sorted(folder.glob("[!.]*")):
             path.rename(out / path.name)
@@ -183,7 +190,7 @@ class Split:
     vocab_size: int
     shards: list[dict[str, Any]]
     _end: NDArray[np.int64] = field(init=False, repr=False)
-    _maps: dict[int, Words] = field(init=False, repr=False, default_factory=dict)
+    _maps: dict[int, tuple[Words, Words]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._end = np.cumsum([shard["rows"] for shard in self.shards], dtype=np.int64)
@@ -199,35 +206,37 @@ class Split:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def words(self, indices: NDArray[np.int64]) -> Words:
-        """The words of rows ``indices``.
+        """The words of rows ``indices``, each held against its checksum: no run trains on a damaged row.
 
         Raises:
-            ValueError: a token id is outside the vocabulary, so the shard was changed after it was written.
+            ValueError: a row is not what was written.
         """
         word_BS = np.empty((len(indices), self.sequence_length), dtype=np.uint32)
         shard_B = np.searchsorted(self._end, indices, side="right")
         for shard in np.unique(shard_B).tolist():
             here = shard_B == shard
-            rows = self._map(shard)[indices[here] - (self._end[shard] - self.shards[shard]["rows"])]
-            if (highest := int((rows & ID).max())) >= self.vocab_size:
-                raise ValueError(_foreign_id(self.path / self.shards[shard]["file"], highest, self.vocab_size))
-            word_BS[here] = rows
+            row_B = indices[here] - (self._end[shard] - self.shards[shard]["rows"])
+            rows, check_R = self._map(shard)
+            word_BS[here] = read = rows[row_B]
+            if (damaged := np.flatnonzero(row_checks(read) != check_R[row_B])).size:
+                raise ValueError(
+                    f"{self.path / self.shards[shard]['file']}: row {row_B[damaged[0]]} is not what was written: the "
+                    "file was changed or its disk is failing; copy it again, or prepare the data again"
+                )
         return word_BS
 
     def rows(self, indices: NDArray[np.int64]) -> Batch:
         """Rows ``indices`` as a batch, see :func:`decode`."""
         return decode(self.words(indices))
 
-    def _map(self, shard: int) -> Words:
+    def _map(self, shard: int) -> tuple[Words, Words]:
+        """The rows of a shard and their checksums."""
         if shard not in self._maps:
             entry = self.shards[shard]
-            shape = (entry["rows"], self.sequence_length)
-            self._maps[shard] = np.memmap(self.path / entry["file"], dtype="<u4", mode="r", shape=shape)
+            word_N = np.memmap(self.path / entry["file"], dtype="<u4", mode="r")
+            split = entry["rows"] * self.sequence_length
+            self._maps[shard] = word_N[:split].reshape(-1, self.sequence_length), word_N[split:]
         return self._maps[shard]
-
-
-def _foreign_id(file: Path, found: int, vocab_size: int) -> str:
-    return f"{file} holds token id {found}, but the vocabulary has {vocab_size} entries: the file was changed"
 
 
 @dataclass
@@ -239,7 +248,7 @@ class PackedData:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = False) -> Self:
-        """Open the directory that ``prepare`` wrote; with ``verify`` every shard's content is hashed as well.
+        """Open the directory that ``prepare`` wrote; with ``verify`` every shard's content is hashed now as well.
 
         Raises:
             ValueError: it is not a finished data directory, or a file is missing, cut short, changed, or holds token
@@ -256,7 +265,7 @@ class PackedData:
             raise ValueError(f"{path / MANIFEST} has format {manifest.get('format')!r}, this program reads {FORMAT}")
         for split in manifest["splits"].values():
             for shard in split["shards"]:
-                _check(path, shard, manifest["vocab_size"], verify)
+                _check(path, shard, manifest, verify)
         return cls(path, manifest)
 
     def split(self, name: str) -> Split:
@@ -299,14 +308,21 @@ class PackedData:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(path: Path, shard: Mapping[str, Any], vocab_size: int, verify: bool) -> None:
+def _check(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], verify: bool) -> None:
     file = path / shard["file"]
     if not file.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path / MANIFEST} names a file outside its directory: {shard['file']!r}")
     size = file.stat().st_size if file.is_file() else None
     if size != shard["bytes"]:
         raise ValueError(f"{file} has {size} bytes, {MANIFEST} says {shard['bytes']}: it is cut short or was changed")
-    if shard["max_id"] >= vocab_size:
-        raise ValueError(_foreign_id(file, shard["max_id"], vocab_size))
+    if size != _shard_size(shard["rows"], manifest["sequence_length"]):
+        raise ValueError(
+            f"{file} has {size} bytes, which is not {shard['rows']} rows of sequence_length="
+            f"{manifest['sequence_length']}: {path / MANIFEST} was changed"
+        )
+    if shard["max_id"] >= manifest["vocab_size"]:
+        raise ValueError(
+            f"{file} holds token id {shard['max_id']}, but the vocabulary has {manifest['vocab_size']} entries"
+        )
     if verify and runs.sha256(file) != shard["sha256"]:
         raise ValueError(f"{file} has another content than {MANIFEST} says: it was changed")

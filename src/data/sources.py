@@ -49,6 +49,8 @@ SUFFIXES = {
     Kind.parquet: (".parquet",),
 }
 COMPRESSED = (".gz", ".zst")
+LARGEST_DOCUMENT = 2**30
+"""Bytes of one document. What is larger is a corpus in a single file, which no machine's memory need hold."""
 STDLIB_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -112,7 +114,10 @@ def resolve(name: str, config: SourceConfig) -> Source:
         return Source(name=name, kind=Kind.datasets, config=config, files=())
     files, named = _find(path)
     if not files:
-        raise ValueError(f"{setting} does not exist or holds no file")
+        raise ValueError(
+            f"{setting} does not exist or holds no file; for a data set of the hub set kind=datasets (and "
+            "allow_network=true where it is not here yet)"
+        )
     if config.suffixes:
         files = [file for file in files if suffix_of(file) in config.suffixes]
     kind = config.kind or _kind_of(files, setting, default=Kind.text if config.suffixes else None)
@@ -204,7 +209,15 @@ def _all_documents(source: Source, allow_network: bool) -> Iterator[str]:
 def read_text(file: Path) -> str:
     """A whole file as UTF-8, newlines as they are."""
     with _open(file) as stream:
-        return _decode(stream.read(), str(file))
+        return _decode(_limited(stream.read(LARGEST_DOCUMENT + 1), f"{file}, one document to kind=text,"), str(file))
+
+
+def _limited(data: bytes, place: str) -> bytes:
+    if len(data) > LARGEST_DOCUMENT:
+        raise ValueError(
+            f"{place} has more than {LARGEST_DOCUMENT} bytes: split it into documents, such as one JSON object per line"
+        )
+    return data
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -242,20 +255,20 @@ class _Zstd(io.RawIOBase):
         self._compressed = compressed
         self._frame: Any = None
         self._ahead = b""
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            chunk = self._ahead or self._compressed.read(2**20)
+            chunk = self._ahead or self._compressed.read(2**17)
             if not chunk:
                 if self._frame is not None:
                     raise EOFError("the last zstd frame has no end")
                 return 0
             self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
             self._ahead = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
@@ -268,9 +281,9 @@ class _Zstd(io.RawIOBase):
 def _json_fields(files: Iterable[Path], name: str, check: Callable[[Any, str], str]) -> Iterator[str]:
     for file in files:
         with _open(file) as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(LARGEST_DOCUMENT + 1), b""), start=1):
                 place = f"{file}:{number}"
-                if line.strip():
+                if _limited(line, place).strip():
                     yield check(_field(_decode(line, place), name, place), place)
 
 

@@ -40,8 +40,11 @@ def priority(digest_D: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 def first_copies(digest_D2: NDArray[np.uint64]) -> Int:
     """Indices of the documents that no earlier one equals, in order."""
-    _, first = np.unique(digest_D2, axis=0, return_index=True)
-    return np.sort(first)
+    by_digest = np.lexsort((digest_D2[:, 1], digest_D2[:, 0]))  # stable, and several times faster than np.unique
+    sorted_D2 = digest_D2[by_digest]
+    is_first_D = np.ones(len(digest_D2), dtype=bool)
+    is_first_D[1:] = (sorted_D2[1:] != sorted_D2[:-1]).any(axis=1)
+    return np.sort(by_digest[is_first_D])
 
 
 def hold_out(priority_D: NDArray[np.uint64], config: ValidationConfig) -> NDArray[np.bool_]:

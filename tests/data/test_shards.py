@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+from transformers import modeling_flash_attention_utils as flash
 
 from llamita.data import shards
 from llamita.data.pack import PackingConfig, pack
-from llamita.data.shards import IGNORE, START, UNSUPERVISED, PackedData, Words, decode, flatten
+from llamita.data.shards import IGNORE, START, UNSUPERVISED, PackedData, Words, decode
+from llamita.distill.teachers import last_hidden
 
 VOCAB = 128
 PAD = 127
@@ -138,32 +142,67 @@ def test_the_loss_of_packed_rows_is_that_of_the_documents_alone(
     torch.testing.assert_close(packed, alone)
 
 
-def test_flash_attention_gets_the_borders_of_every_document(rows: tuple[Words, shards.Batch]) -> None:
-    """transformers derives cumulative lengths from our positions; they must be exactly the marks on disk."""
+def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, softmax_scale: float, **_: object) -> Tensor:
+    """What ``flash_attn_func`` computes, of [B, S, heads, head size], on any device."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=softmax_scale, enable_gqa=True
+    ).transpose(1, 2)
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> Tensor:
+    """What ``flash_attn_varlen_func`` computes, of [tokens, heads, head size]: each stretch by itself."""
+    assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist()
+    stretches = list(itertools.pairwise(cu_seqlens_q.tolist()))
+    assert options["max_seqlen_q"] == max(end - begin for begin, end in stretches)
+    parts = [tuple(states[None, begin:end] for states in (query, key, value)) for begin, end in stretches]
+    return torch.cat([attend(*part, **options)[0] for part in parts])
+
+
+@pytest.fixture
+def flash_on_a_cpu(tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    """A model on transformers' own FlashAttention path, borders and all; only the two kernels are replaced."""
+    kernels = (attend, attend_varlen, None, None, None)
+
+    def settings(**given: Any) -> dict[str, Any]:
+        names = {"is_causal": "causal", "softmax_scale": "softmax_scale", "max_seqlen_q": "max_seqlen_q"}
+        return {new: given[old] for old, new in names.items() if old in given}
+
+    # transformers 5.17 gives one function that makes the kernels' settings, 5.23 two.
+    several = hasattr(flash, "_process_with_kvcache_kwargs_fn")
+    found = (kernels, (settings, None) if several else settings)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: found)
+    tiny.config._attn_implementation = "flash_attention_2"
+    return tiny
+
+
+def test_hidden_states_of_a_packed_document_are_its_own_with_flash_attention(
+    flash_on_a_cpu: LlamaForCausalLM, rows: tuple[Words, shards.Batch]
+) -> None:
+    """In batches of several rows, as a training step has them, through the function that it calls."""
     words, batch = rows
-    flat = flatten(batch)
-    assert _is_packed_sequence(flat["position_ids"], batch_size=1)
-    (lengths_q, lengths_k), (longest, _) = prepare_fa_kwargs_from_position_ids(flat["position_ids"])
-    starts = np.flatnonzero(words.ravel() & START)
-    assert lengths_q.tolist() == [*starts.tolist(), words.size]
-    assert lengths_k.tolist() == lengths_q.tolist()
-    assert int(longest) == np.diff([*starts, words.size]).max()
+    assert len(words) > 1
+    together = last_hidden(flash_on_a_cpu, batch, None)
+    for row, hidden in zip(words, together, strict=True):
+        begin = 0
+        for piece in pieces(row):
+            alone = flash_on_a_cpu.model(torch.tensor([piece]), use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(hidden[begin : begin + len(piece)], alone, atol=1e-5, rtol=1e-5)
+            begin += len(piece)
 
 
-def test_flash_attention_would_not_see_the_borders_of_a_larger_batch(rows: tuple[Words, shards.Batch]) -> None:
-    """Why ``flatten`` exists; when this fails, transformers handles batches and ``flatten`` may go."""
+def test_flash_attention_would_not_see_the_borders_of_a_larger_batch(
+    flash_on_a_cpu: LlamaForCausalLM, rows: tuple[Words, shards.Batch]
+) -> None:
+    """Why the rows are joined for it; when this fails, transformers handles batches and they need not be."""
     _, batch = rows
-    assert not _is_packed_sequence(batch["position_ids"], batch_size=len(batch["position_ids"]))
-
-
-def test_flat_rows_have_the_same_logits_and_labels(tiny: LlamaForCausalLM, rows: tuple[Words, shards.Batch]) -> None:
-    _, batch = rows
-    flat = flatten(batch)
-    with torch.no_grad():
-        one = tiny(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        other = tiny(flat["input_ids"], position_ids=flat["position_ids"], use_cache=False).logits
-    torch.testing.assert_close(other.reshape(one.shape), one, atol=1e-5, rtol=1e-5)
-    assert flat["labels"].tolist() == [batch["labels"].flatten().tolist()]
+    apart = last_hidden(flash_on_a_cpu, batch, None)
+    mixed = flash_on_a_cpu.model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    assert (apart - mixed).abs().max() > 0.01
 
 
 @pytest.mark.gpu
@@ -173,14 +212,14 @@ def test_flash_attention_isolates_packed_documents(tiny: LlamaForCausalLM, rows:
     words, batch = rows
     tiny.set_attn_implementation("flash_attention_2")
     model = tiny.to("cuda", torch.bfloat16)
-    flat = {name: tensor.cuda() for name, tensor in flatten(batch).items()}
     with torch.no_grad():
-        together = model(flat["input_ids"], position_ids=flat["position_ids"], use_cache=False).logits
-        for row, logits in zip(words, together.reshape(*words.shape, -1), strict=True):
+        together = last_hidden(model, {name: tensor.cuda() for name, tensor in batch.items()}, None)
+        for row, hidden in zip(words, together, strict=True):
             begin = 0
             for piece in pieces(row):
-                alone = model(torch.tensor([piece], device="cuda"), use_cache=False).logits[0]
-                torch.testing.assert_close(logits[begin : begin + len(piece)], alone, atol=5e-2, rtol=5e-2)
+                ids = torch.tensor([piece], device="cuda")
+                alone = model.model(ids, use_cache=False).last_hidden_state[0]
+                torch.testing.assert_close(hidden[begin : begin + len(piece)], alone, atol=5e-2, rtol=5e-2)
                 begin += len(piece)
 
 
@@ -190,10 +229,16 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_truncated_shard_is_refused_by_name(data: Path) -> None:
     shard = data / "shards" / "train-00002.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"train-00002\.bin has 191 bytes, data\.json says 192"):
+    with pytest.raises(ValueError, match=r"train-00002\.bin has 203 bytes, data\.json says 204"):
         PackedData.open(data)
 
 
@@ -203,14 +248,29 @@ def test_a_missing_shard_is_refused_by_name(data: Path) -> None:
         PackedData.open(data)
 
 
-def test_one_flipped_bit_is_found_by_verify(data: Path) -> None:
-    shard = data / "shards" / "train-00003.bin"
-    content = bytearray(shard.read_bytes())
-    content[8] ^= 1
-    shard.write_bytes(content)
+@pytest.mark.parametrize("byte", [8, 64 + 1])
+def test_one_flipped_bit_is_found_by_verify(data: Path, byte: int) -> None:
+    flip(data / "shards" / "train-00003.bin", byte)
     PackedData.open(data)
     with pytest.raises(ValueError, match=r"train-00003\.bin has another content than data\.json says"):
         PackedData.open(data, verify=True)
+
+
+@pytest.mark.parametrize("byte", [64 + 8, 3 * 64 + 5])
+def test_one_flipped_bit_is_found_when_its_row_is_read(data: Path, byte: int) -> None:
+    """In the row itself or in its checksum; the rows around it are still good."""
+    flip(data / "shards" / "train-00001.bin", byte)
+    split = PackedData.open(data).split("train")
+    split.rows(np.array([0, 1, 2, 3, 5, 9]))
+    with pytest.raises(ValueError, match=r"train-00001\.bin: row 1 is not what was written"):
+        split.rows(np.array([3, 9, 4]))
+
+
+def test_a_manifest_of_other_rows_is_refused(data: Path) -> None:
+    text = (data / "data.json").read_text().replace('"sequence_length": 16', '"sequence_length": 8')
+    (data / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=r"204 bytes, which is not 3 rows of sequence_length=8"):
+        PackedData.open(data)
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_its_file(data: Path) -> None:
@@ -221,17 +281,6 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_file(data: Path) -> None
     assert highest >= 100
     with pytest.raises(ValueError, match=r"train-0000\d\.bin holds token id \d+, but the vocabulary has 100"):
         PackedData.open(data)
-
-
-def test_an_id_that_was_put_there_later_is_found_when_it_is_read(data: Path) -> None:
-    shard = data / "shards" / "train-00001.bin"
-    words = np.fromfile(shard, dtype=np.uint32)
-    words[5] = VOCAB
-    words.tofile(shard)
-    split = PackedData.open(data).split("train")
-    split.rows(np.arange(3))
-    with pytest.raises(ValueError, match=r"train-00001\.bin holds token id 128, but the vocabulary has 128"):
-        split.rows(np.arange(3, 6))
 
 
 def test_a_shard_outside_the_directory_is_refused(data: Path) -> None:

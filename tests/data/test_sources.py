@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from huggingface_hub import constants
 
+from llamita.data import sources
 from llamita.data.sources import Kind, SourceConfig, documents, resolve, store
 
 TEXTS = ["first\r\ndocument", "second", "третий ✓"]
@@ -171,6 +172,20 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match=r"x\.txt is not UTF-8 text: byte 2 is 0xff"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_corpus_in_a_single_document_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(sources, "LARGEST_DOCUMENT", 1000)
+    row = lines([{"text": "x" * 900}])
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(PACKERS[suffix](row * 2 + lines([{"text": "x" * 1000}])))
+    with pytest.raises(ValueError, match=r"x\.jsonl.*:3 has more than 1000 bytes: split it into documents"):
+        read(tmp_path / f"x.jsonl{suffix}")
+    (tmp_path / f"x.txt{suffix}").write_bytes(PACKERS[suffix](b"x" * 1001))
+    with pytest.raises(ValueError, match=r"x\.txt.*, one document to kind=text, has more than 1000 bytes"):
+        read(tmp_path / f"x.txt{suffix}")
 
 
 def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:

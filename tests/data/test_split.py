@@ -59,6 +59,8 @@ def test_one_document_is_held_out_of_a_small_corpus_and_none_of_a_single_documen
 def test_of_equal_documents_the_first_is_kept() -> None:
     digest = digests(4)
     assert first_copies(digest[[2, 0, 2, 1, 0, 3, 3]]).tolist() == [0, 1, 3, 5]
+    halves = np.array([[1, 2], [1, 1], [2, 1], [1, 2], [2, 1]], dtype=np.uint64)
+    assert first_copies(halves).tolist() == [0, 1, 2]
 
 
 @given(

@@ -54,6 +54,46 @@ def test_a_document_stands_between_begin_and_end(tokenizer: PreTrainedTokenizerF
     assert tokenizer.convert_ids_to_tokens([words[0][0], words[0][-1], *words[1]]) == [tokens.BOS, tokens.EOS] * 2
 
 
+@given(
+    text=st.lists(st.sampled_from([*"aZ9é中_ \n\r\t\x1c\x85\u2028'.-", "\n\n", "'s", "\nb"])).map("".join),
+    size=st.integers(0, 20),
+)
+def test_a_long_text_in_parts_has_the_ids_that_it_has_whole(
+    tokenizer: PreTrainedTokenizerFast, text: str, size: int
+) -> None:
+    parts = list(tokens.cut_for_llama3(text, size))
+    assert "".join(parts) == text
+    together = [word for part in parts for word in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    assert together == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_long_document_is_never_encoded_whole(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a text of one gigabyte would need a hundred of memory."""
+    text = "\n".join(TEXTS)
+    whole = tokens.TextEncoder(tokenizer)({"text": [text]})["words"][0]
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", 1000)
+    encoder = tokens.TextEncoder(tokenizer)
+    sizes, encode = [], encoder._ids
+    monkeypatch.setattr(encoder, "_ids", lambda part: (sizes.append(len(part)), encode(part))[1])
+    assert encoder({"text": [text]})["words"][0].tolist() == whole.tolist()
+    assert max(sizes) < 6000
+    assert len(sizes) > len(text) / 6000
+
+
+def test_a_tokenizer_that_splits_otherwise_gets_documents_whole(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that puts a space before every text would put one before every part."""
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", 10)
+    spaced = tokens.train(TEXTS, 600)
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = "one line\n" * 50
+    words = tokens.TextEncoder(spaced)({"text": [text]})["words"][0]
+    assert words[1:-1].tolist() == spaced(text, add_special_tokens=False)["input_ids"]
+
+
 def test_the_vocabulary_has_its_size_and_ends_in_the_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) == tokens.vocab_size(tokenizer) == 600
     assert tokenizer.convert_ids_to_tokens(list(range(592, 600))) == list(tokens.SPECIAL_TOKENS)
@@ -85,6 +125,19 @@ def test_a_saved_tokenizer_is_the_same_one_beside_any_model(tokenizer: PreTraine
     assert checkpoints.tokenizer_hash(again) == checkpoints.tokenizer_hash(tokenizer)
     assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
     assert (again.bos_token, again.eos_token, again.pad_token) == (tokens.BOS, tokens.EOS, tokens.PAD)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Unheard"])
+def test_what_a_tokenizer_does_is_in_its_file_whatever_class_its_settings_name(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """transformers 5.17 would build Llama 2's pipeline for the first two: other ids, without a word."""
+    tokens.save(tokenizer, None, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    again = tokens.load(tmp_path / "tokenizer")
+    assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
+    assert checkpoints.tokenizer_hash(again) == checkpoints.tokenizer_hash(tokenizer)
 
 
 def test_a_special_token_in_a_text_is_only_text(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -244,6 +244,7 @@ def test_dialogues_alone_cannot_train_a_vocabulary(
     settings |= {
         "source": SourceConfig(path=str(tmp_path / "x.jsonl"), kind=Kind.dialogues),
         "tokenizer": TokenizerConfig(),
+        "validation": ValidationConfig(fraction=0),
     }
     with pytest.raises(ValueError, match="there is no text to train a vocabulary on but dialogues"):
         prepare.run(prepare.Prepare(**settings))
@@ -324,6 +325,19 @@ def test_an_empty_corpus_is_refused(prepare: ModuleType, settings: dict[str, Any
     with pytest.raises(ValueError, match=r"source 'source' .* is empty: it holds no document with any text"):
         prepare.run(prepare.Prepare(**settings))
     assert not (settings["out"] / ".data").exists()
+
+
+def test_a_single_document_from_which_some_shall_be_held_out_is_refused(
+    prepare: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Else the evaluation finds out, after the training."""
+    (tmp_path / "corpus.txt").write_text("All books in one file. " * 100)
+    settings["source"] = SourceConfig(path=str(tmp_path / "corpus.txt"))
+    with pytest.raises(ValueError, match=r"validation\.fraction=0\.2 can hold nothing out of a single document"):
+        prepare.run(prepare.Prepare(**settings))
+    settings["validation"] = ValidationConfig(fraction=0)
+    prepare.run(prepare.Prepare(**settings))
+    assert PackedData.open(settings["out"]).manifest["splits"]["train"]["documents"] == 1
 
 
 def test_the_command_of_the_contract_works(tokenizer_path: Path, tmp_path: Path) -> None:
