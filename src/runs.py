@@ -147,6 +147,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ``ValueError`` names the file when it is damaged or holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def read_done(path: Path) -> dict[str, Any]:
+    """What ``DONE.json`` says; ``ValueError`` when it is not one that a run wrote."""
+    done = read_mapping(path / "DONE.json")
+    if not isinstance(done.get("files"), dict):
+        raise ValueError(f"{path / 'DONE.json'} lists no files: no run wrote it")
+    return done
+
+
 def crash_point(name: str) -> None:
     """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
 
@@ -191,7 +207,7 @@ def check_done(path: Path) -> dict[str, Any]:
     marker = path / "DONE.json"
     if not marker.is_file():
         raise ValueError(f"{path} is not a finished directory: it has no DONE.json")
-    done: dict[str, Any] = read_json(marker)
+    done = read_done(path)
     for name, entry in done["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
