@@ -75,13 +75,16 @@ def refuse_secrets(settings: dict[str, Any]) -> None:
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
-    _tell(1)  # stands if this process dies without a word
+    _tell(runs.EXIT_CRASH)  # stands if this process dies without a word
     try:
         refuse_secrets(dict(word.partition("=")[::2] for word in sys.argv[1:]))  # Hydra repeats a failed command line
         main()
     except runs.Stopped as stopped:
         _say(str(stopped))
         _leave(runs.EXIT_REQUEUE)
+    except runs.Crashed as crash:
+        _say(f"error: {crash}")
+        _leave(runs.EXIT_CRASH)
     except (ValueError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
         if os.environ.get("LLAMITA_TRACEBACK"):
             raise

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USER = 64
 """The user's or the data's error: never requeue."""
 EXIT_NODE = 70
@@ -56,6 +57,10 @@ BATCH_FILES = {"control", "slurm", "plan.json"}
 
 class Stopped(Exception):  # noqa: N818  (not an error)
     """The run was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
+
+
+class Crashed(RuntimeError):
+    """A process that this one started crashed, and its own words are in the message."""
 
 
 class WandbMode(StrEnum):
@@ -596,6 +601,27 @@ def start(
             path.rmdir()
         if not main:
             _wait_for_main_process(path)
+
+
+@contextmanager
+def owned(path: Path, *, marker: str) -> Iterator[None]:
+    """Own a directory that is no stage's own: one that has the file ``marker``, or an empty or new one.
+
+    Raises:
+        ValueError: another live process owns it, or it is somebody else's.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={path} is a file; it must be a directory")
+    names = {entry.name for entry in path.iterdir() if entry.name[0] != "."} if path.is_dir() else set()
+    if names - BATCH_FILES and marker not in names:
+        raise ValueError(f"out={path} holds files but no {marker}; choose an empty or new directory")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = Lock(path)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _wait_for_main_process(path: Path) -> None:

@@ -40,6 +40,7 @@ def fail(error: BaseException) -> Callable[[], object]:
         (ValueError("steps must be at least 1, got 0"), runs.EXIT_USER),
         (FileNotFoundError(errno.ENOENT, "No such file", "text"), runs.EXIT_USER),
         (runs.Stopped("saved"), runs.EXIT_REQUEUE),
+        (runs.Crashed("stage a ended with code 1"), runs.EXIT_CRASH),
     ],
 )
 def test_an_ending_is_its_code_and_its_message(
