@@ -202,15 +202,14 @@ def test_a_run_that_lost_its_directory_writes_nothing_more_into_it(
 ) -> None:
     """A job that Slurm suspends is silent for hours, and another may go on in its place."""
     monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.01)
-    with (
-        pytest.raises(RuntimeError, match="does not belong to this run any more"),
-        runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run,
-    ):
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
         lock_of(tmp_path, pid=1)
-        run._lock._thread.join(60)  # type: ignore[union-attr]
+        assert run._lock._thread is not None
+        run._lock._thread.join(60)
         with pytest.raises(RuntimeError, match="does not belong to this run any more"):
             run.log({"train/loss": 1.0}, step=1)
-        run.finish([])
+        with pytest.raises(RuntimeError, match="does not belong to this run any more"):
+            run.finish([])
     assert not {"metrics.jsonl", "DONE.json"} & {path.name for path in tmp_path.iterdir()}
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 1, "the other's lock stays"
 
