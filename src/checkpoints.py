@@ -174,7 +174,7 @@ def _some(names: list[str]) -> str:
 def _tensor_files(path: Path) -> dict[str, str]:
     """File of each tensor by its name."""
     if (path / INDEX).is_file():
-        index: dict[str, str] = runs.read_mapping(path / INDEX).get("weight_map")
+        index: Any = runs.read_mapping(path / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{path / INDEX} has no weight_map of tensors to files")
         for file in sorted(set(index.values())):

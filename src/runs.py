@@ -59,7 +59,7 @@ class Stopped(Exception):  # noqa: N818  (not an error)
     """The run was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
 
 
-class Crashed(RuntimeError):
+class Crashed(RuntimeError):  # noqa: N818
     """A process that this one started crashed, and its own words are in the message."""
 
 
