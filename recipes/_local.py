@@ -21,6 +21,8 @@ from llamita import runs
 
 POLL_SECONDS = 0.2
 ASK_AGAIN_SECONDS = 10.0
+ORPHAN_SECONDS = 60.0
+"""How long to wait for a stage that outlived the launcher that was killed, until it has saved."""
 RECIPES = Path(__file__).parent
 
 
@@ -87,9 +89,10 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
     Raises:
         Stopped: a stage saved its state and wants to be started again, or this launcher was told to stop.
         ValueError: a stage ended with the code of a user's error.
-        RuntimeError: a stage crashed.
+        Crashed: a stage crashed.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
     waiting = [job for job in jobs if not job.done]
     done = {job.name for job in jobs if job.done}
     for name in sorted(done):
@@ -101,6 +104,8 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
                 _stop(running, screen)
                 raise runs.Stopped("stopped, everything is saved: run the same command again to go on")
             for job in list(waiting):
+                if time.monotonic() - begun < ORPHAN_SECONDS and _has_owner(job.out):
+                    continue
                 if len(running) < config.parallel and set(job.after) <= done:
                     waiting.remove(job)
                     together = min(config.parallel, len(running) + 1 + sum(set(j.after) <= done for j in waiting))
@@ -116,6 +121,14 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
                         _fail(item.job, code, logs)
                     done.add(item.job.name)
                     finished(item.job.name)
+
+
+def _has_owner(out: Path) -> bool:
+    try:
+        runs.Lock(out).dead_owner()
+    except ValueError:
+        return True
+    return False
 
 
 def _start(job: Job, logs: Path, config: LocalConfig, together: int) -> _Running:
@@ -136,7 +149,10 @@ def _start(job: Job, logs: Path, config: LocalConfig, together: int) -> _Running
         "OMP_NUM_THREADS": str(threads),
         **({} if _enough_gpus(job.processes) else {"CUDA_VISIBLE_DEVICES": ""}),
     }
-    with (logs / f"{job.name}.log").open("wb") as log:
+    file = logs / f"{job.name}.log"
+    if file.is_file():  # what an earlier start said stays
+        file.replace(file.with_suffix(".earlier.log"))
+    with file.open("wb") as log:
         # A session of its own: Ctrl-C reaches the stage through this launcher only, as a request to save.
         process = subprocess.Popen(
             command,
@@ -186,8 +202,9 @@ def _fail(job: Job, code: int, logs: Path) -> None:
     if code == runs.EXIT_REQUEUE:
         raise runs.Stopped(f"stopped in stage {job.name}, everything is saved: run the same command again to go on")
     tail = "\n".join("    " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-    message = f"stage {job.name} ended with code {code}; the end of {log}:\n{tail}"
-    raise ValueError(message) if code == runs.EXIT_USER else RuntimeError(message)
+    how = "was killed, as by a system that has no memory left" if code == -signal.SIGKILL else f"ended with code {code}"
+    message = f"stage {job.name} {how}; the end of {log}:\n{tail}"
+    raise ValueError(message) if code == runs.EXIT_USER else runs.Crashed(message)
 
 
 @contextmanager
@@ -196,6 +213,8 @@ def _noting_signals() -> Iterator[threading.Event]:
     asked = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and asked.is_set():
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait; the stages save when their launcher is gone
         asked.set()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

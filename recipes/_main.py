@@ -29,10 +29,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llamita import runs
+from llamita import checks, runs
 
 T = TypeVar("T")
 _made_by_hydra: list[Path] = []
+USER_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+    | {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
+"""What the system says of a disk or a path that only the user can change."""
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
 
@@ -58,17 +63,28 @@ def settings(cfg: DictConfig, schema: type[T]) -> T:
         _made_by_hydra.append(Path(HydraConfig.get().runtime.output_dir))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     assert isinstance(config, schema)
+    refuse_secrets(runs.plain(config))
     return config
+
+
+def refuse_secrets(settings: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for settings that look like keys: they would end in files, logs and dashboards."""
+    if found := checks.secrets_in(settings):
+        raise ValueError("\n".join(found))
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
-    _tell(1)  # stands if this process dies without a word
+    _tell(runs.EXIT_CRASH)  # stands if this process dies without a word
     try:
+        refuse_secrets(dict(word.partition("=")[::2] for word in sys.argv[1:]))  # Hydra repeats a failed command line
         main()
     except runs.Stopped as stopped:
         _say(str(stopped))
         _leave(runs.EXIT_REQUEUE)
+    except runs.Crashed as crash:
+        _say(f"error: {crash}")
+        _leave(runs.EXIT_CRASH)
     except (ValueError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
         if os.environ.get("LLAMITA_TRACEBACK"):
             raise
@@ -76,9 +92,10 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         _remove_empty_directory()
         _leave(runs.EXIT_USER)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno not in USER_ERRORS or os.environ.get("LLAMITA_TRACEBACK"):
             raise
-        _say(f"error: cannot use {error.filename or ''}: {error.strerror}; nothing that was finished is lost")
+        _say(f"error: cannot use {error.filename or 'a file'}: {error.strerror}; nothing that was finished is lost")
+        _remove_empty_directory()
         _leave(runs.EXIT_USER)
     _leave(runs.EXIT_DONE)
 

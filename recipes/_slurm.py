@@ -103,7 +103,7 @@ def submit(
     if dry_run:
         print(shlex.join(command))
         return f"dry-run-{name}"
-    if job := _queued(name, folder.parent):
+    if job := queued(name, folder.parent):
         return job
     folder.mkdir(parents=True, exist_ok=True)  # Slurm drops the log, and says nothing, where its folder is missing
     return _sbatch(command)
@@ -121,7 +121,7 @@ def _check(nodes: int, gpus_per_node: int, time: str, options: Sequence[str]) ->
             raise ValueError(f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}")
 
 
-def _queued(name: str, out: Path) -> str | None:
+def queued(name: str, out: Path) -> str | None:
     """The job of that name and directory that Slurm still has, if any: a second submission is a second owner."""
     query = ["squeue", "--me", "--noheader", f"--name={name}", "--format=%i|%k"]
     try:

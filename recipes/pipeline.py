@@ -11,7 +11,7 @@ from _main import CONFIGS, exit_with, settings, store  # isort: skip
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig
 
 import _local
 from _local import Job, LocalConfig, run_jobs
-from _slurm import Launcher, LauncherConfig, submit
+from _slurm import Launcher, LauncherConfig, queued, submit
 from llamita import runs
 
 
@@ -85,15 +85,39 @@ def in_order(stages: dict[str, Stage]) -> list[str]:
 
 def fingerprint(stage: Stage, parents: list[str]) -> str:
     """What a finished stage depends on: its recipe, its overrides, and what its parents depend on."""
-    text = json.dumps([stage.recipe, stage.overrides, stage.processes, parents])
+    text = json.dumps([stage.recipe, stage.overrides, parents])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(config: Pipeline) -> None:
-    """Run what is not finished, in order; stop at the first failure."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    """Run what is not finished, in order; stop at the first failure.
+
+    Raises:
+        ValueError: the directory is not a pipeline's, another launcher is at work in it, or a finished stage is of
+            other settings.
+    """
     record_file = config.out / "pipeline.json"
-    record: dict[str, str] = runs.read_json(record_file) if record_file.is_file() else {}
+    with runs.owned(config.out, marker=record_file.name):
+        record: dict[str, str] = runs.read_mapping(record_file) if record_file.is_file() else {}
+        prints, jobs = planned(config, record)
+        if not config.launcher.dry_run:
+            runs.write_json(record_file, record)
+
+        def note(name: str) -> None:
+            record[name] = prints[name]
+            runs.write_json(record_file, record)
+
+        match config.launcher.kind:
+            case Launcher.local:
+                run_jobs(jobs, config.out / "logs", config.local, note)
+                show(config)
+            case Launcher.slurm:
+                changed = {name for name in record if record[name] != prints.get(name)}
+                submit_jobs(jobs, config.launcher, note, changed)
+
+
+def planned(config: Pipeline, record: dict[str, str]) -> tuple[dict[str, str], list[Job]]:
+    """What each stage depends on, and its job, in order; ``record`` tells what finished ones were made from."""
     prints: dict[str, str] = {}
     jobs: list[Job] = []
     stale: list[Path] = []
@@ -111,23 +135,28 @@ def run(config: Pipeline) -> None:
             f"these stages are finished, but with other settings or from inputs that are not there any more: remove "
             f"{', '.join(map(str, stale))}, or choose another out"
         )
-
-    def note(name: str) -> None:
-        record[name] = prints[name]
-        runs.write_json(record_file, record)
-
-    match config.launcher.kind:
-        case Launcher.local:
-            run_jobs(jobs, config.out / "logs", config.local, note)
-            for name, stage in config.stages.items():
-                if stage.show:
-                    print((config.out / "logs" / f"{name}.log").read_text(encoding="utf-8"), end="")
-        case Launcher.slurm:
-            submit_jobs(jobs, config.launcher, note)
+    return prints, jobs
 
 
-def submit_jobs(jobs: list[Job], launcher: LauncherConfig, submitted: Callable[[str], None]) -> None:
-    """Hand every job that is not done to Slurm, each after those it reads."""
+def show(config: Pipeline) -> None:
+    """Print what the stages for people printed."""
+    for name, stage in config.stages.items():
+        log = config.out / "logs" / f"{name}.log"
+        if stage.show and log.is_file():
+            print(log.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+def submit_jobs(
+    jobs: list[Job], launcher: LauncherConfig, submitted: Callable[[str], None], changed: Collection[str] = ()
+) -> None:
+    """Hand every job that is not done to Slurm, each after those it reads.
+
+    Raises:
+        ValueError: the queue still holds one of the stages ``changed``, with its earlier settings.
+    """
+    for job in jobs:
+        if job.name in changed and not launcher.dry_run and (number := queued(job.name, job.out)):
+            raise ValueError(f"stage {job.name} waits in the queue with other settings: scancel {number} first")
     numbers: dict[str, str] = {}
     for job in jobs:
         if job.done:

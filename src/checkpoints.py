@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,12 +60,15 @@ def load_config(path: Path) -> LlamaConfig:
         raise ValueError(f"{path} is not a model directory: it has no config.json")
     if (path / "run.json").is_file() and not (path / "DONE.json").is_file():
         raise ValueError(f"{path} is the directory of an unfinished run: finish that stage first")
-    mapping = runs.read_json(file)
+    mapping = runs.read_mapping(file)
     if "auto_map" in mapping:
         raise ValueError(f"{file} asks for code of its own (auto_map), which is never run")
-    LlamaShape.from_config(mapping)
-    # Underscore keys of a foreign file can name code to load (CVE-2026-4372).
-    config = LlamaConfig.from_dict({key: value for key, value in mapping.items() if not key.startswith("_")})
+    try:
+        LlamaShape.from_config(mapping)
+        # Underscore keys of a foreign file can name code to load (CVE-2026-4372).
+        config = LlamaConfig.from_dict({key: value for key, value in mapping.items() if not key.startswith("_")})
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
     assert isinstance(config, LlamaConfig)
     return config
 
@@ -131,7 +135,11 @@ class Weights:
         if self.shape.tie_word_embeddings:
             self.files.pop("lm_head.weight", None)  # a copy that some writers store beside the tied matrix
         self.files = {name: file for name, file in self.files.items() if not name.endswith("rotary_emb.inv_freq")}
-        if missing := sorted(expected.keys() - self.files.keys()):
+        missing = sorted(expected.keys() - self.files.keys())
+        if not missing:  # an index may name a file that does not hold the tensor
+            held = {file: set(self._open(name).keys()) for name, file in self.files.items()}
+            missing = sorted(name for name in expected if name not in held[self.files[name]])
+        if missing:
             raise ValueError(f"{self.path} lacks {len(missing)} tensors: {_some(missing)}")
         if unexpected := sorted(self.files.keys() - expected.keys()):
             raise ValueError(
@@ -166,7 +174,9 @@ def _some(names: list[str]) -> str:
 def _tensor_files(path: Path) -> dict[str, str]:
     """File of each tensor by its name."""
     if (path / INDEX).is_file():
-        index: dict[str, str] = runs.read_json(path / INDEX)["weight_map"]
+        index: Any = runs.read_mapping(path / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError(f"{path / INDEX} has no weight_map of tensors to files")
         for file in sorted(set(index.values())):
             if Path(file).name != file:
                 raise ValueError(f"{path / INDEX} names a file outside its directory: {file!r}")
@@ -220,6 +230,7 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if (path / "generation_config.json").is_file():
+        runs.read_mapping(path / "generation_config.json")  # a damaged one is named
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model
 
@@ -439,7 +450,7 @@ def content_hash(path: Path) -> str:
 
     The hashes in ``DONE.json`` are used where the sizes still agree; else the files are read.
     """
-    done = runs.read_json(path / "DONE.json")["files"] if (path / "DONE.json").is_file() else {}
+    done = runs.read_done(path)["files"] if (path / "DONE.json").is_file() else {}
     names = sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     known = {n: done[n] for n in names if n in done and done[n]["bytes"] == (path / n).stat().st_size}
     entries = known | runs.sha256_of_files(path, [name for name in names if name not in known])
@@ -456,6 +467,7 @@ def publishing(final: Path) -> Iterator[Path]:
     """
     temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
+    runs.fsync(final.parent.parent)  # the parent's own name may be new
     try:
         yield temporary
         write_manifest(temporary)

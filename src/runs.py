@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USER = 64
 """The user's or the data's error: never requeue."""
 EXIT_NODE = 70
@@ -54,6 +57,10 @@ BATCH_FILES = {"control", "slurm", "plan.json"}
 
 class Stopped(Exception):  # noqa: N818  (not an error)
     """The run was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
+
+
+class Crashed(RuntimeError):  # noqa: N818
+    """A process that this one started crashed, and its own words are in the message."""
 
 
 class WandbMode(StrEnum):
@@ -147,6 +154,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ``ValueError`` names the file when it is damaged or holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def read_done(path: Path) -> dict[str, Any]:
+    """What ``DONE.json`` says; ``ValueError`` when it is not one that a run wrote."""
+    done = read_mapping(path / "DONE.json")
+    if not isinstance(done.get("files"), dict):
+        raise ValueError(f"{path / 'DONE.json'} lists no files: no run wrote it")
+    return done
+
+
 def crash_point(name: str) -> None:
     """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
 
@@ -191,7 +214,7 @@ def check_done(path: Path) -> dict[str, Any]:
     marker = path / "DONE.json"
     if not marker.is_file():
         raise ValueError(f"{path} is not a finished directory: it has no DONE.json")
-    done: dict[str, Any] = read_json(marker)
+    done = read_done(path)
     for name, entry in done["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -252,14 +275,16 @@ class StopSignal:
 class Lock:
     """One process at a time owns a run directory.
 
-    The lock file names host, process and Slurm job. A lock whose process is dead on this host, that belongs to this
-    same Slurm job, or that was not touched for ``STALE_SECONDS`` is taken over.
+    The lock file names host, process and Slurm job. A lock whose process is dead on this host, that belongs to an
+    earlier start of this same Slurm job, or that was not touched for ``STALE_SECONDS`` is taken over.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path / ".lock"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._text = ""
+        self._lost = False
 
     def acquire(self) -> None:
         """Own the directory.
@@ -267,7 +292,7 @@ class Lock:
         Raises:
             ValueError: another live run owns it.
         """
-        mine = self._mine()
+        self._text = json.dumps(self._mine())
         for _ in range(3):
             try:
                 handle = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -275,8 +300,12 @@ class Lock:
                 if (owner := self.dead_owner()) is not None:
                     self._take_over(owner)
                 continue
-            with os.fdopen(handle, "w") as file:
-                json.dump(mine, file)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(self._text)
+            except OSError:
+                self._file.unlink()  # a full disk: an empty lock would look like somebody's
+                raise
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return
@@ -300,9 +329,11 @@ class Lock:
     def _mine() -> dict[str, Any]:
         return {
             "host": socket.gethostname(),
+            "processes": _process_space(),
             "pid": os.getpid(),
             "started": _process_start(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
         }
 
     def dead_owner(self) -> dict[str, Any] | None:
@@ -316,12 +347,14 @@ class Lock:
             owner, age = _owner_in(self._file), time.time() - self._file.stat().st_mtime
         except FileNotFoundError:
             return None
-        same_host = owner.get("host") == mine["host"]
+        # Containers of one machine, or of two that have the same name, do not see each other's processes.
+        same_host = all(owner.get(key) == mine[key] for key in ("host", "processes"))
         dead = same_host and _process_start(owner["pid"]) != owner.get("started")
-        same_job = mine["job"] is not None and owner.get("job") == mine["job"] and not same_host
+        # Not this start of it: a job that was started once on each of its nodes would own the directory many times.
+        earlier = mine["job"] is not None and owner.get("job") == mine["job"] and owner.get("start") != mine["start"]
         # Silence proves nothing of a process that can be seen to live on this host.
         silent = age > STALE_SECONDS and not (same_host and owner.get("started") is not None)
-        if dead or same_job or silent:
+        if dead or (earlier and not same_host) or silent:
             return owner
         raise ValueError(
             f"out={self._file.parent} is owned by another run: process {owner.get('pid')} on {owner.get('host')}; "
@@ -329,13 +362,28 @@ class Lock:
         )
 
     def _beat(self) -> None:
+        gone = False
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                os.utime(self._file)
+                owned = self._file.read_text() == self._text
+                if owned:
+                    os.utime(self._file)
             except FileNotFoundError:
-                return
+                owned, gone = not gone, True  # once: somebody looks whether its owner lives, and puts it back
             except OSError:
                 continue  # a network file system that is away for a moment
+            else:
+                gone = False
+            if not owned:
+                self._lost = True
+                return
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` when another run took the directory, as it may from one that was suspended."""
+        if self._lost:
+            raise RuntimeError(
+                f"{self._file.parent} does not belong to this run any more: its lock was taken over or removed"
+            )
 
     def release(self) -> None:
         """Give the directory up."""
@@ -344,7 +392,7 @@ class Lock:
             self._thread.join()
             self._thread = None
             with contextlib.suppress(FileNotFoundError):
-                if self._file.read_text() == json.dumps(self._mine()):
+                if self._file.read_text() == self._text:
                     self._file.unlink()
 
 
@@ -355,6 +403,14 @@ def _owner_in(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return owner
+
+
+def _process_space() -> str | None:
+    """Which processes this one can see: those of the same boot and process namespace (``None`` without /proc)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _process_start(pid: int) -> str | None:
@@ -379,17 +435,26 @@ class Run:
         self.identity: dict[str, Any] = {}
         self.done = False
         """Whether the directory already holds the finished result of these very settings."""
+        self._lock = Lock(path)
         self._metrics = path / "metrics.jsonl"
         self._wandb: Any = None
 
     def log(self, metrics: Mapping[str, float | int | str], *, step: int = 0) -> None:
-        """Append one line of metrics; on rank 0 only."""
+        """Append one line of metrics; on rank 0 only.
+
+        Raises:
+            RuntimeError: the directory is not this run's any more.
+        """
         if not is_main_process():
             return
+        self._lock.check()
         row = {"step": step, "time": time.time(), "restart": self.identity["restarts"], **metrics}
         line = json.dumps(row) + "\n"
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(line)
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._metrics)) from error
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(metrics), step=step)
@@ -421,6 +486,7 @@ class Run:
         """
         if not is_main_process():
             return
+        self._lock.check()
         for name in files:
             fsync(self.path / name)
         fsync(self.path)
@@ -438,11 +504,13 @@ class Run:
     def _open_wandb(self) -> None:
         if self.config.wandb is WandbMode.off or not is_main_process():
             return
-        import wandb
-
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has("api.wandb.ai")
-        online = self.config.wandb is WandbMode.auto and has_key
+        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has(server)
+        told_not_to = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+        online = self.config.wandb is WandbMode.auto and has_key and not told_not_to
         try:
+            import wandb
+
             self._wandb = wandb.init(
                 project=self.config.project,
                 id=self.identity["id"],
@@ -461,7 +529,10 @@ class Run:
 
     def _close_wandb(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                log.warning("wandb could not finish; metrics.jsonl has everything: %s", error)
             self._wandb = None
 
 
@@ -489,10 +560,11 @@ def start(
     """
     run = Run(path, recipe, plain(settings), config)
     main = is_main_process()
-    lock = Lock(path)
+    lock = run._lock
     _refuse_foreign_directory(path)
     if main:
         path.mkdir(parents=True, exist_ok=True)
+        fsync(path.parent)
         lock.acquire()
     fresh = not (path / "config.yaml").is_file()
     try:
@@ -510,6 +582,10 @@ def start(
         run._open_wandb()
         try:
             yield run
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, Stopped):
+                traceback.print_exc(file=handler.stream)  # the screen may show the message only
+            raise
         finally:
             run._close_wandb()  # before a signal could end this process again
             run.stop.restore()
@@ -525,6 +601,27 @@ def start(
             path.rmdir()
         if not main:
             _wait_for_main_process(path)
+
+
+@contextmanager
+def owned(path: Path, *, marker: str) -> Iterator[None]:
+    """Own a directory that is no stage's own: one that has the file ``marker``, or an empty or new one.
+
+    Raises:
+        ValueError: another live process owns it, or it is somebody else's.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={path} is a file; it must be a directory")
+    names = {entry.name for entry in path.iterdir() if entry.name[0] != "."} if path.is_dir() else set()
+    if names - BATCH_FILES and marker not in names:
+        raise ValueError(f"out={path} holds files but no {marker}; choose an empty or new directory")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = Lock(path)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _wait_for_main_process(path: Path) -> None:
@@ -570,7 +667,12 @@ def _check_settings(run: Run, may_change: Collection[str]) -> None:
     file = run.path / "config.yaml"
     if not file.is_file():
         return
-    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+        raise ValueError(f"out={run.path} holds a config.yaml that no run wrote; choose an empty or new directory")
     if saved.get("recipe") != run.recipe:
         raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
     old, new = _flat(saved["settings"]), _flat(run.settings)
@@ -607,23 +709,28 @@ def _prepare_directory(run: Run, main: bool) -> None:
         run.identity["restarts"] += 1
     else:
         run.identity = {"id": secrets.token_hex(6), "restarts": 0, "created": time.time()}
-    write_json(identity, run.identity)
-    run.stop.forget_earlier()
+    for half_written in run.path.glob(".*.tmp"):
+        half_written.unlink(missing_ok=True)
+    # First of all: a directory without it is not known as a run's.
     text = yaml.safe_dump({"recipe": run.recipe, "settings": run.settings}, sort_keys=False)
     write_atomically(run.path / "config.yaml", text)
+    write_json(identity, run.identity)
+    run.stop.forget_earlier()
     _mend_metrics(run.path / "metrics.jsonl")
 
 
 def _mend_metrics(path: Path) -> None:
-    """Cut off a last line that a crash left half written."""
+    """Cut off what a crash left after the last whole line: a part of one, or zeros where the power went."""
     if path.is_file():
         text = path.read_bytes()
-        if text and not text.endswith(b"\n"):
+        whole = text.partition(b"\0")[0]
+        whole = whole[: whole.rfind(b"\n") + 1]
+        if len(whole) < len(text):
             with path.open("r+b") as file:
-                file.truncate(text.rfind(b"\n") + 1)
+                file.truncate(len(whole))
 
 
-def _log_to_file(path: Path) -> logging.Handler:
+def _log_to_file(path: Path) -> logging.FileHandler:
     folder = path / "logs"
     folder.mkdir(parents=True, exist_ok=True)  # a later rank may be here before rank 0
     handler = logging.FileHandler(folder / f"rank-{int(os.environ.get('RANK', '0')):05d}.log")
@@ -636,9 +743,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a run's ``metrics.jsonl``, each step's metric once.
 
     A run that died after logging and before saving repeats steps after its restart: the rows that a later restart
-    supersedes are left out.
+    supersedes are left out. So is a last line without an end, which a run at work is writing.
+
+    Raises:
+        ValueError: a whole line is damaged.
     """
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line]
+    file = path / "metrics.jsonl"
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {file} is damaged: {error}") from error
     kept: list[dict[str, Any]] = []
     earliest: dict[int, int] = {}
     for row in rows:

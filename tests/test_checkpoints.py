@@ -140,6 +140,48 @@ def test_a_configuration_that_is_no_plain_llama_is_refused(
         Weights(saved)
 
 
+def test_a_tensor_that_the_index_promises_and_the_shard_lacks_is_named(saved: Path) -> None:
+    names = dict.fromkeys(Weights(saved).files, "model.safetensors")
+    (saved / checkpoints.INDEX).write_text(json.dumps({"weight_map": names}))
+    rewrite(saved, **{"model.layers.1.mlp.up_proj.weight": None})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        Weights(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (checkpoints.INDEX, "{}", r"index\.json has no weight_map"),
+        (checkpoints.INDEX, '{"weight_map": {"model.norm.weight": 1}}', r"index\.json has no weight_map"),
+        (checkpoints.INDEX, "[]", r"index\.json must hold a mapping, got list"),
+        ("config.json", "[]", r"config\.json must hold a mapping, got list"),
+        ("config.json", '{"model_type": "gpt2"}', r"config\.json: model_type must be 'llama', got 'gpt2'"),
+        ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", r"model\.safetensors is damaged"),
+        ("model.safetensors", "", r"model\.safetensors is damaged"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(saved: Path, name: str, text: str, message: str) -> None:
+    (saved / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_model(saved)
+
+
+def test_a_setting_of_the_wrong_type_in_a_configuration_is_named(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
+    with pytest.raises(ValueError, match=r"config\.json: .*hidden_size"):
+        load_model(saved)
+
+
+def test_a_done_marker_that_no_run_wrote_is_refused(saved: Path) -> None:
+    (saved / "DONE.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"DONE\.json lists no files"):
+        checkpoints.content_hash(saved)
+    with pytest.raises(ValueError, match=r"DONE\.json lists no files"):
+        runs.check_done(saved)
+
+
 def test_pickled_weights_are_refused_with_a_hint(saved: Path) -> None:
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is not read: convert it to safetensors"):

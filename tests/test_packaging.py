@@ -37,6 +37,15 @@ def test_the_package_list_is_the_folders() -> None:
     assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
+def test_what_is_no_module_is_shipped_too() -> None:
+    """A template that is not package data is there in a checkout, and missing where a wheel is installed."""
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    for path in (REPOSITORY / "src").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(["llamita", *path.parent.relative_to(REPOSITORY / "src").parts])
+            assert any(path.match(pattern) for pattern in data.get(package, [])), f"{path} is in no wheel"
+
+
 def test_type_checkers_find_the_package_under_its_name() -> None:
     link = REPOSITORY / "typings" / "llamita"
     assert link.is_symlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +171,110 @@ def test_a_lock_that_another_has_taken_meanwhile_is_put_back(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def lock_of(tmp_path: Path, **changes: object) -> None:
+    """A lock as this process would write it, but for ``changes``."""
+    (tmp_path / ".lock").write_text(json.dumps(runs.Lock._mine() | changes))
+
+
+def test_a_container_that_cannot_see_the_owner_does_not_take_its_directory(tmp_path: Path) -> None:
+    """On one host under one name, but in another process namespace, a live owner looks dead."""
+    lock_of(tmp_path, processes="another boot or namespace", pid=2**22 + 1)
+    with pytest.raises(ValueError, match="owned by another run"):
+        runs.Lock(tmp_path).acquire()
+    lock_of(tmp_path, pid=2**22 + 1)
+    runs.Lock(tmp_path).acquire()
+
+
+def test_a_requeued_job_takes_its_own_lock_but_not_that_of_a_node_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock_of(tmp_path, host="the other node of this start")
+    with pytest.raises(ValueError, match="owned by another run"):
+        runs.Lock(tmp_path).acquire()
+    lock_of(tmp_path, host="a node of the start before", start="0")
+    runs.Lock(tmp_path).acquire()
+
+
+def test_a_run_that_lost_its_directory_writes_nothing_more_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that Slurm suspends is silent for hours, and another may go on in its place."""
+    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.01)
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        lock_of(tmp_path, pid=1)
+        assert run._lock._thread is not None
+        run._lock._thread.join(60)
+        with pytest.raises(RuntimeError, match="does not belong to this run any more"):
+            run.log({"train/loss": 1.0}, step=1)
+        with pytest.raises(RuntimeError, match="does not belong to this run any more"):
+            run.finish([])
+    assert not {"metrics.jsonl", "DONE.json"} & {path.name for path in tmp_path.iterdir()}
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == 1, "the other's lock stays"
+
+
+def test_a_lock_that_is_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0)
+    lock = runs.Lock(tmp_path)
+    text = iter([FileNotFoundError(), None, FileNotFoundError(), None])
+
+    def read(path: Path) -> str:
+        if isinstance(error := next(text, None), FileNotFoundError):
+            raise error
+        return lock._text
+
+    lock.acquire()
+    lock._stop.set()
+    assert lock._thread is not None
+    lock._thread.join()
+    waits = iter([False] * 5)
+    monkeypatch.setattr(lock._stop, "wait", lambda _: next(waits, True))
+    monkeypatch.setattr(Path, "read_text", read)
+    lock._beat()
+    lock.check()
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys; from pathlib import Path; from llamita import runs\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+        "try:\n    runs.Lock(Path(sys.argv[1])).acquire()\nexcept OSError as error:\n    sys.exit(error.errno)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "recipe: distill"])
+def test_a_config_file_of_the_users_makes_no_run_directory(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with (
+        pytest.raises(ValueError, match=r"config\.yaml that no run wrote"),
+        runs.start(tmp_path, "distill", SETTINGS, RunConfig()),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_ended_a_run_is_in_its_log_with_its_traceback(tmp_path: Path) -> None:
+    """The screen shows one line for any ``ValueError``, and a library's own tells nobody where it comes from."""
+    with pytest.raises(ValueError, match="deep"), runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:  # noqa: PT012
+        run.log({"train/loss": 1.0}, step=1)
+        raise ValueError("deep inside")
+    text = (tmp_path / "logs" / "rank-00000.log").read_text()
+    assert "Traceback" in text
+    assert "ValueError: deep inside" in text
+
+
+def test_half_written_files_of_a_killed_start_are_swept(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        pass
+    (tmp_path / ".run.json.0badf00d.tmp").write_text('{"id')
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()):
+        pass
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_identity_survives_a_restart(tmp_path: Path) -> None:
     ids = []
     for _ in range(2):
@@ -185,6 +291,33 @@ def test_a_metric_line_that_a_crash_cut_is_mended(tmp_path: Path) -> None:
     with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
         run.log({"train/loss": 1.0}, step=2)
     assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [2.0, 1.0]
+
+
+def test_zeros_that_a_power_failure_left_are_mended(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        run.log({"train/loss": 2.0}, step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\0" * 4096 + "\n")
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        run.log({"train/loss": 1.0}, step=2)
+    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [2.0, 1.0]
+
+
+def test_a_line_that_is_being_written_is_not_read_yet_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    whole = '{"step": 1, "restart": 0, "train/loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta')
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta\n' + whole)
+    with pytest.raises(ValueError, match=r"line 2 of \S*metrics\.jsonl is damaged"):
+        runs.read_metrics(tmp_path)
+
+
+def test_a_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
+    with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
+        run._metrics = Path("/dev/full")
+        with pytest.raises(OSError, match="/dev/full") as raised:
+            run.log({"train/loss": 2.0}, step=1)
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_steps_repeated_after_a_restart_are_read_once(tmp_path: Path) -> None:
@@ -247,6 +380,56 @@ def test_wandb_gets_the_metrics_without_an_account(tmp_path: Path, monkeypatch: 
     with runs.start(tmp_path, "x", SETTINGS, RunConfig(wandb=runs.WandbMode.offline)) as run:
         run.log({"train/loss": 1.0}, step=1)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_BASE_URL": "https://wandb.example.org:8080"}, "online"),
+        ({}, "offline"),
+    ],
+)
+def test_wandb_is_online_where_there_is_a_key_and_nobody_said_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], mode: str
+) -> None:
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password k\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", told.update)
+    with runs.start(tmp_path / "out", "x", SETTINGS, RunConfig(wandb=runs.WandbMode.auto)):
+        pass
+    assert told["mode"] == mode
+
+
+def test_a_failure_of_wandb_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            raise OSError("no network")
+
+        def finish(self) -> None:
+            raise OSError("no network")
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("no server")
+
+    for name, init in (("init", refuse), ("finish", lambda **_: Broken()), ("log", lambda **_: Broken())):
+        monkeypatch.setattr(wandb, "init", init)
+        with runs.start(tmp_path / name, "x", SETTINGS, RunConfig(wandb=runs.WandbMode.offline)) as run:
+            if name == "log":
+                run.log({"train/loss": 1.0}, step=1)
+            run.finish([])
+        assert runs.check_done(tmp_path / name)
 
 
 def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

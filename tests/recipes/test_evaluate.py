@@ -31,7 +31,16 @@ def launch(*overrides: str, processes: int = 1, cache: Path | None = None) -> su
     command = [sys.executable, "recipes/evaluate.py", *overrides]
     if processes > 1:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        command = [*launcher, "--num_machines", "1", "--mixed_precision", "no", *command[1:]]
+        command = [
+            *launcher,
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+            "--mixed_precision",
+            "no",
+            *command[1:],
+        ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "typings"), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_DATASETS_CACHE": str(cache)} if cache else {}
     return subprocess.run(

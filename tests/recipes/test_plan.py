@@ -414,7 +414,9 @@ def test_no_recipe_has_a_setting_of_the_plans_own_name(name: str, recipe: Callab
 
 
 @pytest.mark.parametrize("wrong", ["num_gpus=0", "mfu=0", "mfu=1.5", "assume_sequence_length=0"])
-def test_the_plans_own_settings_have_limits(wrong: str, recipe: Callable[[str], ModuleType]) -> None:
-    sys.argv = ["plan.py", "recipe=prune", wrong]
+def test_the_plans_own_settings_have_limits(
+    wrong: str, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "recipe=prune", wrong])
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):
         recipe("plan").main()

@@ -284,7 +284,7 @@ def test_a_run_that_is_asked_to_stop_leaves_nothing_half_written(
 
 def _say_and_sleep(pipe: Any) -> None:
     pipe.send("ready")
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_forked_worker_of_a_run_ends_when_it_is_told(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_forked_worker_of_a_run_ends_when_it_is_told(tmp_path: Path) -> None:
         child.start()
         assert here.recv() == "ready"
         child.terminate()
-        child.join(10)
+        child.join(300)
         assert child.exitcode == -signal.SIGTERM
 
 

@@ -1,0 +1,113 @@
+"""Every ending of a recipe is one of the contract's exit codes, with one message."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llamita import runs
+
+
+@pytest.fixture
+def main(recipe: Callable[[str], ModuleType]) -> ModuleType:
+    recipe("pipeline")
+    return sys.modules["_main"]
+
+
+def code(main: ModuleType, ending: Callable[[], object]) -> int:
+    with pytest.raises(SystemExit) as raised:
+        main.exit_with(ending)
+    assert isinstance(raised.value.code, int)
+    return raised.value.code
+
+
+def fail(error: BaseException) -> Callable[[], object]:
+    def ending() -> object:
+        raise error
+
+    return ending
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("steps must be at least 1, got 0"), runs.EXIT_USER),
+        (FileNotFoundError(errno.ENOENT, "No such file", "text"), runs.EXIT_USER),
+        (runs.Stopped("saved"), runs.EXIT_REQUEUE),
+        (runs.Crashed("stage a ended with code 1"), runs.EXIT_CRASH),
+    ],
+)
+def test_an_ending_is_its_code_and_its_message(
+    main: ModuleType, capsys: pytest.CaptureFixture[str], error: Exception, expected: int
+) -> None:
+    assert code(main, fail(error)) == expected
+    said = capsys.readouterr().err
+    assert str(error) in said
+    assert "Traceback" not in said
+
+
+def test_the_code_of_each_rank_is_left_for_the_launcher(
+    main: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMITA_EXIT_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    code(main, fail(runs.Stopped("saved")))
+    assert (tmp_path / "rank-3").read_text() == "75\n"
+    with pytest.raises(RuntimeError):
+        main.exit_with(fail(RuntimeError("a defect")))
+    assert (tmp_path / "rank-3").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+def test_what_the_system_refuses_is_the_users_to_mend(
+    main: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int
+) -> None:
+    (tmp_path / "out").mkdir()
+    main._made_by_hydra[:] = [tmp_path / "out"]
+    assert code(main, fail(OSError(number, os.strerror(number), "/data/file"))) == runs.EXIT_USER
+    assert f"cannot use /data/file: {os.strerror(number)}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "an empty directory that was made for nothing"
+
+
+def test_a_broken_connection_is_not_the_users_error(main: ModuleType) -> None:
+    with pytest.raises(OSError, match="refused"):
+        main.exit_with(fail(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")))
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_out_that_cannot_be_a_directory_is_refused(
+    main: ModuleType,
+    recipe: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"out={tmp_path / out}", "sequence_length=64", "source.path=x"])
+    assert code(main, recipe("prepare").main) == runs.EXIT_USER
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_secret_in_a_setting_is_refused_before_it_is_written(
+    main: ModuleType,
+    recipe: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    canary = "hf_" + "Zq9" * 11
+    told = [f"out={tmp_path / 'out'}", "sequence_length=64", f"source.path=/data/{canary}"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *told])
+    assert code(main, recipe("prepare").main) == runs.EXIT_USER
+    said = capsys.readouterr()
+    assert "looks like a Hugging Face token" in said.err
+    assert canary not in said.err + said.out
+    assert not (tmp_path / "out").exists()
