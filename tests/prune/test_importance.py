@@ -202,6 +202,28 @@ def test_magnitudes_need_no_text(weights: checkpoints.Weights) -> None:
         alone["mlp.activation"]
 
 
+@torch.no_grad()
+def test_without_text_a_channel_holds_what_was_written_into_it(
+    double: LlamaForCausalLM, weights: checkpoints.Weights
+) -> None:
+    """Its hidden score is that energy, relative to the mean, times what the norm and its readers make of it."""
+    scores = importance.from_weights(weights)
+    written = double.model.embed_tokens.weight.square().mean(0)
+    for index, layer in enumerate(double.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        steps = (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), mlp.down_proj),
+        )
+        for place, (norm, readers, writer) in enumerate(steps):
+            energy = written / written.mean()
+            read = torch.cat([reader.weight for reader in readers]).square().sum(0)
+            torch.testing.assert_close(scores["norm.energy"][2 * index + place], energy)
+            torch.testing.assert_close(scores["hidden.magnitude"][index, place], energy * norm.weight.square() * read)
+            written = written + writer.weight.square().sum(1)
+    torch.testing.assert_close(scores["norm.energy"][-1], written / written.mean())
+
+
 def test_a_long_row_in_bfloat16_is_summed_in_float32() -> None:
     """A bfloat16 sum stops to grow after a few hundred equal terms."""
     x_BSC = torch.rand(2, 4096, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
