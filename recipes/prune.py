@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from _main import CONFIGS, exit_with, settings, store  # isort: skip
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class CalibrationConfig:
     dtype: str | None = None
     """Of the forward pass; unset: as the weights are stored."""
     device: str = "auto"
-    """A torch device that holds one layer; ``auto``: a GPU where there is one."""
+    """``cpu``, ``cuda`` or ``cuda:N``: where one layer at a time is run; ``auto``: a GPU where there is one."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_rows"):
@@ -54,6 +55,8 @@ class CalibrationConfig:
                 raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype is not None:
             checkpoints.dtype_named(self.dtype)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"calibration.device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 @dataclass(kw_only=True)
@@ -78,6 +81,7 @@ def run(config: Prune) -> None:
         shape, rope = plan.target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         plan.check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
+        how(config.calibration, model)
     with runs.start(config.out, "prune", runs.plain(config), config.run) as run:
         if run.done or not runs.is_main_process():
             return
@@ -92,7 +96,8 @@ def run(config: Prune) -> None:
         print(kept, flush=True)
         kept.save(config.out / FOLDER)
         summary = kept.summary() | losses(config, pruned, rows, scores)
-        run.log({f"prune/{name}": value for name, value in summary.items() if isinstance(value, int | float)})
+        numbers = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+        run.log({f"prune/{name}": value for name, value in (numbers | {"params": numbers["parameters_after"]}).items()})
         lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
         cut = summary | {"file": f"{FOLDER}/{plan.FILE}"}
         provenance = {"recipe": "prune", "parents": lineage, "plan": cut, "settings": run.settings}
@@ -111,7 +116,7 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     """The calibration rows and where they come from.
 
     Raises:
-        ValueError: the data is not of the model's tokenizer.
+        ValueError: the data is not of the model's tokenizer, or its rows are too long for the model.
     """
     if config.path is None:
         return [], {}
@@ -119,14 +124,20 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     if data.vocab_size > weights.shape.vocab_size:
         sizes = f"{data.vocab_size} token ids, model.path={weights.path} has {weights.shape.vocab_size}"
         raise ValueError(f"calibration.path={config.path} has {sizes}")
-    has_tokenizer = (weights.path / "tokenizer.json").is_file()
-    if has_tokenizer and checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != data.tokenizer_hash:
+    if not (weights.path / "tokenizer.json").is_file():
+        log.warning("model.path=%s has no tokenizer: that of calibration.path is taken to be its own", weights.path)
+    elif checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != data.tokenizer_hash:
         raise ValueError(
             f"calibration.path={config.path} was made with another tokenizer than that of model.path="
             f"{weights.path}: prepare the data with tokenizer.path={weights.path}"
         )
     split = data.split(config.split)
-    columns = min(config.tokens, data.sequence_length)
+    columns, most = min(config.tokens, data.sequence_length), weights.config.max_position_embeddings
+    if columns > most:
+        raise ValueError(
+            f"calibration.path={config.path} has rows of {columns} tokens, but model.path={weights.path} has "
+            f"max_position_embeddings={most}: set calibration.tokens={most} or prepare shorter rows"
+        )
     rows = min(config.tokens // columns, len(split))
     if rows * columns < config.tokens:
         log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
@@ -136,9 +147,16 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
 
 
 def how(config: CalibrationConfig, model: importance.Model) -> dict[str, Any]:
-    """Arguments of a forward pass: its dtype and its device."""
+    """Arguments of a forward pass: its dtype and its device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     dtype = checkpoints.dtype_named(config.dtype) if config.dtype else model.dtype
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    device = torch.device(config.device if config.device != "auto" else "cuda" if gpus else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"calibration.device={config.device}, but torch {torch.__version__} sees {gpus} GPUs here")
     return {"dtype": dtype, "device": device}
 
 
@@ -168,8 +186,10 @@ def score(
 
             data = shards.PackedData.open(config.calibration.path)
             pad_id = tokens.borders(checkpoints.load_tokenizer(data.tokenizer_path)).pad_id
-            arguments = how(config.calibration, weights) | {"pad_id": pad_id, "info": info}
-            scores = importance.measure(weights, text, watch=watch, **arguments)
+            passes = how(config.calibration, weights)
+            size = sum(batch["input_ids"].numel() for batch in text)
+            log.info("scoring on %d tokens in %s on %s", size, passes["dtype"], passes["device"])
+            scores = importance.measure(weights, text, watch=watch, pad_id=pad_id, info=info, **passes)
     else:
         scores = importance.from_weights(weights, info=info)
     scores.save(folder)

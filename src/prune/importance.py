@@ -484,7 +484,7 @@ def _final_statistics(
         parts = _norm_statistics(states_BSD, mask_BS, norm.variance_epsilon)
         if not model.shape.tie_word_embeddings:
             read_TD = _accumulation(norm(states_BSD)[mask_BS])
-            parts["head.covariance"] = read_TD.T @ read_TD
+            parts["head.covariance"] = (read_TD.T @ read_TD).double()
         for name, value in parts.items():
             sums[name] = sums[name] + value if name in sums else value
     num_tokens = sum(int(mask.sum()) for mask in masks)

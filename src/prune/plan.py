@@ -302,22 +302,35 @@ class Plan:
         return "\n".join(lines)
 
     def diff(self, other: Plan) -> dict[str, float]:
-        """For each set of indices of equal shape, the share of entries of ``self`` that ``other`` keeps as well.
+        """For each set of indices, the share of entries of ``self`` that ``other`` keeps as well.
 
-        Sets are compared layer by layer of the source; a layer that only one plan keeps shares nothing.
+        Sets are compared layer by layer of the source; a layer that only one plan keeps shares nothing. Pairs and
+        values are those of the same KV head.
+
+        Raises:
+            ValueError: the plans are of different sources.
         """
+        if self.source != other.source:
+            raise ValueError(f"plans of different sources have nothing in common: {self.source} and {other.source}")
         shares: dict[str, float] = {}
         theirs = {layer: row for row, layer in enumerate(other.layers.tolist())}
         for name in ("layers", "hidden"):
             shares[name] = _share(getattr(self, name), getattr(other, name))
-        for name in ("mlp", "heads", "kv_heads"):
-            mine = getattr(self, name)
+        mine, others = self._by_layer(), other._by_layer()
+        for name, rows in mine.items():
             parts = [
-                _share(mine[row], getattr(other, name)[theirs[layer]]) if layer in theirs else 0.0
+                _share(rows[row], others[name][theirs[layer]]) if layer in theirs else 0.0
                 for row, layer in enumerate(self.layers.tolist())
             ]
             shares[name] = sum(parts) / len(parts)
         return shares
+
+    def _by_layer(self) -> dict[str, Tensor]:
+        """The units of each kept layer, numbered as in the source's layer."""
+        size, first = self.source.head_dim, self.kv_heads[..., None]
+        pairs, values = first * (size // 2) + self.pairs, first * size + self.values
+        rows = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads, "pairs": pairs, "values": values}
+        return {name: tensor.flatten(1) for name, tensor in rows.items()}
 
     def save(self, folder: Path) -> None:
         """Write ``plan.safetensors`` into ``folder``."""

@@ -143,22 +143,21 @@ def tied(embedding: Tensor, head: Tensor, plan: Plan) -> Tensor:
     (a E + U C) (a I + C)^-1: with C = E[h h^T] of the head's input h the second term is the squared error of the
     logits, and a is ``COVARIANCE_WEIGHT`` times the mean of C's diagonal.
     """
-    result = torch.empty(len(embedding), len(plan.hidden), dtype=embedding.dtype)
     size = len(plan.hidden)
+    result = torch.empty(len(embedding), size, dtype=embedding.dtype)
+    wide = torch.float64 if embedding.dtype == torch.float64 else torch.float32
+    of_embedding = None
     if plan.tie is Tie.least_squares:
         assert plan.head_covariance is not None
         covariance = plan.head_covariance.double()
         weight = COVARIANCE_WEIGHT * float(covariance.diagonal().mean())
-        of_embedding = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + covariance / weight)
-    else:
-        of_embedding = torch.eye(size, dtype=torch.float64) / 2
-    wide = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-    of_embedding = of_embedding.to(wide)
+        of_embedding = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + covariance / weight).to(wide)
     for first in range(0, len(embedding), CHUNK_ROWS):
         rows = slice(first, first + CHUNK_ROWS)
         inputs = take(embedding[rows], None, plan.hidden).to(wide)
         outputs = take(head[rows], None, plan.hidden).to(wide)
-        result[rows] = (outputs + (inputs - outputs) @ of_embedding).to(result.dtype)
+        gap = inputs - outputs
+        result[rows] = (outputs + (gap / 2 if of_embedding is None else gap @ of_embedding)).to(result.dtype)
     return result
 
 

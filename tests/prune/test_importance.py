@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,71 @@ def test_magnitudes_need_no_text(weights: checkpoints.Weights) -> None:
         torch.testing.assert_close(alone[name], measured[name], rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"calibration\.path"):
         alone["mlp.activation"]
+
+
+@torch.no_grad()
+def test_without_text_a_channel_holds_what_was_written_into_it(
+    double: LlamaForCausalLM, weights: checkpoints.Weights
+) -> None:
+    """Its hidden score is that energy, relative to the mean, times what the norm and its readers make of it."""
+    scores = importance.from_weights(weights)
+    written = double.model.embed_tokens.weight.square().mean(0)
+    for index, layer in enumerate(double.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        steps = (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), mlp.down_proj),
+        )
+        for place, (norm, readers, writer) in enumerate(steps):
+            energy = written / written.mean()
+            read = torch.cat([reader.weight for reader in readers]).square().sum(0)
+            torch.testing.assert_close(scores["norm.energy"][2 * index + place], energy)
+            torch.testing.assert_close(scores["hidden.magnitude"][index, place], energy * norm.weight.square() * read)
+            written = written + writer.weight.square().sum(1)
+    torch.testing.assert_close(scores["norm.energy"][-1], written / written.mean())
+
+
+def test_a_long_row_in_bfloat16_is_summed_in_float32() -> None:
+    """A bfloat16 sum stops to grow after a few hundred equal terms."""
+    x_BSC = torch.rand(2, 4096, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask_BS = torch.ones(2, 4096, dtype=torch.bool)
+    exact, matrix = x_BSC.double(), x_BSC[0]
+    inverse = 1 / (exact.square().mean(-1, keepdim=True) + 1e-5)
+    norm = importance._norm_statistics(x_BSC, mask_BS, 1e-5)
+    pairs = [
+        (importance._mean_magnitude(x_BSC, mask_BS), minitron(exact).square()),
+        (importance._energy(x_BSC, mask_BS), exact.square().sum((0, 1))),
+        (norm["norm.energy"], (exact.square() * inverse).sum((0, 1))),
+        (norm["norm.epsilon"], (1e-5 * inverse).sum()),
+        (importance._square_sums(matrix)[0], matrix.double().square().sum(1)),
+        (importance._square_sums(matrix)[1], matrix.double().square().sum(0)),
+    ]
+    for measured, expected in pairs:
+        torch.testing.assert_close(measured, expected, rtol=1e-5, atol=0)
+
+
+def test_a_large_row_does_not_swallow_the_small_ones() -> None:
+    """Rows are summed in float64: in float32 a hundred million takes no more ones."""
+    x_BSC = torch.ones(1001, 1, 1)
+    x_BSC[0] = 1e4
+    mask_BS = torch.ones(1001, 1, dtype=torch.bool)
+    for total in (importance._energy(x_BSC, mask_BS), importance._mean_magnitude(x_BSC, mask_BS)):
+        assert float(total) == 1e8 + 1000
+
+
+def test_block_influence_in_bfloat16_is_that_of_the_states(weights: checkpoints.Weights) -> None:
+    """The pass is in bfloat16, the cosine is not: it is near one, where bfloat16 has steps of 0.004."""
+    states: list[Tensor] = [weights["model.embed_tokens.weight"][text()["input_ids"]].bfloat16()]
+
+    def visit(index: int, layer: nn.Module, outputs: Iterator[Tensor]) -> list[Tensor]:
+        states.extend(kept := list(outputs))
+        return kept
+
+    importance.stream(weights, [text()], dtype=torch.bfloat16, visit=visit)
+    scores = importance.measure(weights, [text()], dtype=torch.bfloat16)
+    for index, (before, after) in enumerate(itertools.pairwise(states)):
+        cosine = nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).mean()
+        assert float(scores["layers.block_influence"][index]) == pytest.approx(float(1 - cosine), abs=1e-6)
 
 
 def test_a_pass_in_bfloat16_comes_near(weights: checkpoints.Weights) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conftest import REPOSITORY, tiny_config
-from llamita import checkpoints
+from llamita import checkpoints, runs
 from llamita.prune import plan, surgery
 from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
 from llamita.prune.plan import Pairs, Plan, Rope, ScoreConfig, TargetConfig, Tie
@@ -105,6 +105,71 @@ def test_8b_becomes_the_published_small_llama_field_by_field(
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+# config.json of meta-llama/Llama-3.1-8B-Instruct on the hub: no head_dim, and the names of Transformers 4.
+HUB = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama3.2_1b", {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "num_attention_heads": 32}),
+        ("llama3.2_3b", {"hidden_size": 3072, "num_hidden_layers": 28, "head_dim": 128, "num_attention_heads": 24}),
+    ],
+)
+def test_the_hubs_own_config_becomes_that_of_the_small_llama(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    """Every field of the file that is written, but Transformers' version, is that of Meta's once that is loaded."""
+    for folder, fields in {
+        "large": HUB,
+        "small": HUB
+        | sizes
+        | {
+            "intermediate_size": 8192,
+            "tie_word_embeddings": True,
+            "rope_scaling": {**HUB["rope_scaling"], "factor": 32.0},  # type: ignore[dict-item]
+        },
+    }.items():
+        (tmp_path / folder).mkdir()
+        runs.write_json(tmp_path / folder / "config.json", fields)
+    _, config = made(checkpoints.load_config(tmp_path / "large"), target(name, rope=Rope.published))
+    checkpoints.load_config(tmp_path / "small").save_pretrained(tmp_path / "published")
+    config.save_pretrained(tmp_path / "pruned")
+    pruned, published = (runs.read_json(tmp_path / folder / "config.json") for folder in ("pruned", "published"))
+    assert pruned == published
+    assert pruned["rope_parameters"]["rope_theta"] == 500000.0
+    assert pruned["dtype"] == "bfloat16"
 
 
 def test_guard_becomes_the_pruned_guard() -> None:
@@ -271,6 +336,11 @@ def test_the_gain_is_the_lost_energy() -> None:
     part = (inputs[:, keep].norm(dim=1) / inputs.norm(dim=1)).square().mean().sqrt()
     assert float(norm_gain(energy, epsilon, keep)) == pytest.approx(float(part * 2**0.5), rel=1e-4)
     assert norm_gain(energy, epsilon, torch.arange(64)) == 1
+    # With an epsilon as large as the input, what counts is the quotient of what the two norms divide by.
+    divisor = inputs.square().mean(1) + 1
+    energy, epsilon = (inputs.square() / divisor[:, None]).mean(0), (1 / divisor).mean()
+    quotient = ((inputs[:, keep].square().mean(1) + 1) / divisor).mean().sqrt()
+    assert float(norm_gain(energy, epsilon, keep)) == pytest.approx(float(quotient), rel=1e-12)
     assert float(norm_gain(torch.ones(64), torch.tensor(0.0), keep)) == 1
 
 
@@ -297,6 +367,19 @@ def test_a_plan_says_what_it_keeps_and_how_two_differ() -> None:
     assert (shared["layers"], shared["heads"]) == (1.0, 1.0)
     assert 0.2 < shared["mlp"] < 0.8
     assert shared["hidden"] < 1
+    heads = [
+        plan.make(
+            random_scores(SHAPE), SHAPE, TargetConfig(head_dim=8, pairs=pairs, num_hidden_layers=n), ScoreConfig()
+        )
+        for pairs, n in ((Pairs.first, 3), (Pairs.strongest, 3), (Pairs.strongest, 2))
+    ]
+    shared = heads[0].diff(heads[1])
+    assert (shared["values"], shared["kv_heads"]) == (1.0, 1.0)
+    assert shared["pairs"] == (heads[0].pairs == heads[1].pairs).double().mean()
+    assert heads[1].diff(heads[2])["values"] == pytest.approx(2 / 3)
+    other = dataclasses.replace(SHAPE, intermediate_size=64)
+    with pytest.raises(ValueError, match="different sources"):
+        first.diff(plan.make(None, other, TargetConfig(), ScoreConfig()))
 
 
 def test_untied_becomes_tied_by_least_squares_where_the_heads_input_is_known() -> None:

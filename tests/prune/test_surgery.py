@@ -148,6 +148,26 @@ def test_all_silent_units_at_once_are_not_missed(tmp_path: Path) -> None:
     agree(pruned, model)
 
 
+@pytest.mark.parametrize("kinds", [MEASURED, MAGNITUDES], ids=["measured", "magnitude"])
+def test_three_of_four_query_heads_stay_with_their_kv_head(kinds: ScoreConfig, tmp_path: Path) -> None:
+    """As from 8B to 3B, with halved heads on top: each group loses another head, each KV head other channels."""
+    sizes = {"num_attention_heads": 8, "hidden_size": 48, "num_hidden_layers": 2}
+    model = tiny_model(**sizes, rms_norm_eps=1e-9).double()
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            for head in (1 + index, 4 + 3 * index):
+                attention.o_proj.weight[:, 16 * head : 16 * head + 16] = 0
+            for matrix in (attention.q_proj, attention.k_proj):
+                matrix.weight.view(-1, 2, 8, 48)[:, :, 1::2] = 0
+            for key in range(2):
+                attention.v_proj.weight[16 * key + torch.randperm(16)[:8]] = 0
+    pruned, kept = cut(model, tmp_path, TargetConfig(num_attention_heads=6, head_dim=8), kinds)
+    assert kept.heads.tolist() == [[0, 2, 3, 5, 6, 7], [0, 1, 3, 4, 5, 6]]
+    assert kept.values[0, 0].tolist() != kept.values[0, 1].tolist()
+    agree(pruned, model)
+
+
 @pytest.mark.parametrize("pairs", Pairs)
 def test_a_head_whose_odd_rotary_pairs_are_silent_is_its_half_to_1e_6(pairs: Pairs, tmp_path: Path) -> None:
     model = tiny_model(head_dim=128, num_hidden_layers=1)

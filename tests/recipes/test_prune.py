@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import string
@@ -145,6 +146,7 @@ def test_one_command_makes_a_stock_model_with_its_tokenizer(model: Path, data: P
     assert provenance["plan"]["parameters_after"] == shape.num_parameters
     rows = runs.read_metrics(out)
     assert {row["prune/layers/importance/block_influence"] > 0 for row in rows[:3]} == {True}
+    assert rows[-1]["prune/params"] == shape.num_parameters
     assert rows[-1]["prune/loss_after"] == provenance["plan"]["loss_after"] > 0
     assert rows[-1]["prune/loss_before"] == provenance["plan"]["loss_before"] > 0
 
@@ -307,6 +309,11 @@ def lose_the_rope(path: Path) -> None:
     runs.write_json(path / "config.json", config)
 
 
+def shorten(path: Path) -> None:
+    config = runs.read_json(path / "config.json")
+    runs.write_json(path / "config.json", config | {"max_position_embeddings": 32})
+
+
 def lose_the_weights(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
@@ -348,6 +355,9 @@ BAD: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = {
     "no such data": (None, ("calibration.path=/nowhere",), "/nowhere"),
     "no such model": (None, ("model.path=/nowhere",), "/nowhere"),
     "bad dtype": (None, ("calibration.dtype=int8",), "bfloat16"),
+    "no such device": (None, ("calibration.device=cdua",), "must be auto, cpu, cuda or cuda:N, got 'cdua'"),
+    "no such GPU": (None, ("calibration.device=cuda:99",), "calibration.device=cuda:99, but torch"),
+    "rows too long": (shorten, (), "max_position_embeddings=32: set calibration.tokens=32"),
     "no tokens": (None, ("calibration.tokens=0",), "calibration.tokens must be at least 1, got 0"),
     "no out": (None, ("out=???",), "out"),
 }
@@ -373,6 +383,39 @@ def test_bad_input_ends_with_64_and_leaves_nothing_in_the_way_of_the_corrected_c
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(model, tmp_path / "model")
     assert command(*(f"{name}={value}" for name, value in good.items()))[0] == 0
+
+
+def test_a_full_disk_ends_with_64_and_the_same_command_goes_on(
+    command: Callable[..., tuple[int, str, str]], model: Path, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """No file may grow beyond a limit: the nearest to a full disk that needs no rights. Scores fit, weights do not."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    line = [f"model.path={model}", *SMALL, f"calibration.path={data}", "calibration.tokens=1024", f"out={out}"]
+    line.append("calibration.batch_rows=4")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        code, _, said = command(*line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 64, said
+    assert "cannot use" in said
+    assert "Traceback" not in said
+    assert not [*out.glob(".model-*"), *out.rglob("*.tmp"), *out.glob("*.safetensors")]
+    assert not (out / "DONE.json").exists()
+    measured = (out / "pruning/scores.safetensors").stat().st_mtime_ns
+    assert command(*line)[0] == 0
+    assert (out / "pruning/scores.safetensors").stat().st_mtime_ns == measured
+    assert weights_of(out) == weights_of(finished)
+
+
+def test_a_model_without_a_tokenizer_is_told_what_is_taken_for_granted(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model").mkdir()
+    checkpoints.save_model(tiny_model(vocab_size=640), tmp_path / "model", source=None, provenance={})
+    config = recipe("prune").CalibrationConfig(path=data, tokens=64)
+    recipe("prune").calibration(config, checkpoints.Weights(tmp_path / "model"))
+    assert "has no tokenizer" in caplog.text
 
 
 def test_data_of_another_tokenizer_is_refused(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
