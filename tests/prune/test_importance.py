@@ -64,8 +64,18 @@ def test_streamed_loss_is_the_whole_models(double: LlamaForCausalLM, weights: ch
 
 def test_the_loss_reads_the_vocabulary_in_slices(weights: checkpoints.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = importance.mean_loss(weights, [text()], dtype=torch.float64)
-    monkeypatch.setattr(importance, "HEAD_CHUNK_ROWS", 50)
-    assert importance.mean_loss(weights, [text()], dtype=torch.float64) == pytest.approx(whole, rel=1e-12)
+    for rows in (1, 7, 50):  # with one row at a time every label lies on a border
+        monkeypatch.setattr(importance, "HEAD_CHUNK_ROWS", rows)
+        assert importance.mean_loss(weights, [text()], dtype=torch.float64) == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_loss_of_bfloat16_logits_is_not_itself_in_bfloat16(weights: checkpoints.Weights) -> None:
+    batch = text()
+    (states,) = importance.stream(weights, [batch], dtype=torch.bfloat16)
+    norm = importance._final_norm(weights, torch.bfloat16, "cpu")
+    logits = nn.functional.linear(norm(states[:, :-1]), weights.head().bfloat16()).double()
+    dense = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert importance.mean_loss(weights, [batch], dtype=torch.bfloat16) == pytest.approx(float(dense), rel=1e-6)
 
 
 def minitron(x_BSC: Tensor) -> Tensor:

@@ -289,6 +289,23 @@ def test_a_kv_head_leaves_with_its_query_heads() -> None:
     assert torch.equal(kept.heads // 2, kept.kv_heads.repeat_interleave(2, 1))
 
 
+def test_a_kv_head_counts_for_what_stays_with_it() -> None:
+    """Not for the query heads that it loses; values and pairs likewise are chosen by the query heads that stay."""
+    shape = dataclasses.replace(SHAPE, num_attention_heads=8)
+    scores = random_scores(shape)
+    scores.tensors["attention.norm_product"][0] = torch.tensor([3.0, 3, 3, 3, 5, 1, 1, 1])[:, None]
+    config = TargetConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=8, pairs=Pairs.strongest)
+    kept = plan.make(scores, shape, config, ScoreConfig())
+    # All four of the first group have the norm 6, of the second 5.3; the best two 4.2 and 5.1.
+    assert (kept.kv_heads[0].tolist(), kept.heads[0].tolist()) == ([1], [4, 5])
+    for layer, (key,) in enumerate(kept.kv_heads.tolist()):
+        heads = kept.heads[layer]
+        score = scores["attention.norm_product"][layer, heads].square().sum(0)
+        assert kept.values[layer, 0].tolist() == score.sort(descending=True, stable=True).indices[:8].sort()[0].tolist()
+        energy = scores["rotary.query"][layer, heads].sum(0) * scores["rotary.key"][layer, key]
+        assert kept.pairs[layer, 0].tolist() == [2 * i + int(pair.argmax()) for i, pair in enumerate(energy.view(4, 2))]
+
+
 @pytest.mark.parametrize(("large", "small"), [(128, 64), (128, 32), (96, 32)])
 def test_the_kept_pairs_of_a_head_turn_at_the_frequencies_of_the_small_head(large: int, small: int) -> None:
     """Bit for bit: pair i of the small head is pair r i of the large one."""

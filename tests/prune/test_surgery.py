@@ -236,6 +236,24 @@ def test_kept_units_are_copied_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(pruned.lm_head.weight, model.lm_head.weight[:, kept.hidden])
 
 
+def test_queries_keep_the_pairs_of_their_kv_head_and_each_norm_its_own_gain(tmp_path: Path) -> None:
+    model = tiny_model()
+    pruned, kept = cut(model, tmp_path, TargetConfig(head_dim=8, hidden_size=32, pairs=Pairs.strongest))
+    assert len(kept.norm_gain.unique()) == 7
+    for index, (before, after) in enumerate(zip(model.model.layers, pruned.model.layers, strict=True)):
+        assert not torch.equal(kept.pairs[index, 0], kept.pairs[index, 1])
+        for head in range(4):
+            rows = 16 * head + torch.cat([kept.pairs[index, head // 2], kept.pairs[index, head // 2] + 8])
+            expected = before.self_attn.q_proj.weight[rows][:, kept.hidden] * 0.5**0.5
+            torch.testing.assert_close(after.self_attn.q_proj.weight[8 * head : 8 * head + 8], expected)
+        for place, norm in enumerate(("input_layernorm", "post_attention_layernorm")):
+            expected = getattr(before, norm).weight[kept.hidden] * kept.norm_gain[2 * index + place]
+            torch.testing.assert_close(getattr(after, norm).weight, expected.float())
+    torch.testing.assert_close(
+        pruned.model.norm.weight, (model.model.norm.weight[kept.hidden] * kept.norm_gain[-1]).float()
+    )
+
+
 def test_a_norm_is_rescaled_for_the_energy_it_lost(tmp_path: Path) -> None:
     """Over the calibration tokens, its mean square output in the kept channels is that of the whole norm."""
     model = tiny_model(rms_norm_eps=1e-9)
@@ -263,6 +281,18 @@ def test_two_matrices_become_one_by_the_formula_asked_for(tie: Tie, tmp_path: Pa
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
     torch.testing.assert_close(pruned.lm_head.weight.detach().double(), expected[tie], rtol=1e-5, atol=1e-6)
     assert "lm_head.weight" not in load_file(tmp_path / "pruned/model.safetensors")
+
+
+def test_a_mixture_of_bfloat16_matrices_is_rounded_once(tmp_path: Path) -> None:
+    model = tiny_model().bfloat16()
+    pruned, kept = cut(model, tmp_path, TargetConfig(tie_word_embeddings=True, tie=Tie.least_squares))
+    embedding, head = model.model.embed_tokens.weight.detach().double(), model.lm_head.weight.detach().double()
+    assert kept.head_covariance is not None
+    covariance = kept.head_covariance.double()
+    pull = plan.COVARIANCE_WEIGHT * covariance.diagonal().mean() * torch.eye(64).double()
+    exact = torch.linalg.solve(covariance + pull, (embedding @ pull + head @ covariance).T).T
+    # Half a step of bfloat16, and a little for the product in float32.
+    torch.testing.assert_close(pruned.lm_head.weight.detach().double(), exact, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("tie", Tie)
