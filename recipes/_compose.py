@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from _main import CONFIGS
-from llamita import checks
+from llamita import checks, redaction
 
 UNSET = "(not-set)"
 """Stands for a path that was not given, so that what does not depend on it can be checked."""
@@ -117,7 +117,7 @@ def _explain(recipe: str, kept: list[str], override: str, error: Exception) -> s
     key, cause = _key(override), error.__cause__
     if "Could not override" in str(error):
         plain = OmegaConf.to_container(compose(recipe, overrides=kept), throw_on_missing=False)
-        known = [name for name, _ in checks.flat(plain)]
+        known = [name for name, _ in redaction.flat(plain)]
         prefixes = {".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)}
         return f"{key} is no setting of {recipe}{checks.suggestion(key, [*known, *sorted(prefixes)])}"
     lines = str(cause or error).splitlines()

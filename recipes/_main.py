@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llamita import runs
+from llamita import redaction, runs
 
 T = TypeVar("T")
 _made_by_hydra: list[Path] = []
@@ -58,12 +59,18 @@ def settings(cfg: DictConfig, schema: type[T]) -> T:
         _made_by_hydra.append(Path(HydraConfig.get().runtime.output_dir))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     assert isinstance(config, schema)
+    if found := redaction.secrets_in(runs.plain(config)):
+        raise ValueError(found[0])
     return config
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
     _tell(1)  # stands if this process dies without a word
+    # Before Hydra, which prints the overrides of a run that fails.
+    if found := redaction.secrets_in(dict(argument.partition("=")[::2] for argument in sys.argv[1:])):
+        _say(f"error: {redaction.redacted(found[0])}")
+        _leave(runs.EXIT_USER)
     try:
         main()
     except runs.Stopped as stopped:
@@ -105,6 +112,8 @@ def _tell(code: int) -> None:
 def _message(error: BaseException) -> str:
     """The message, with the innermost cause where a library wrapped it."""
     text = str(error).strip()
+    if missing := re.search(r"[Mm]issing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be given: {missing[1]}=…"
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text += f"\n  because: {str(cause).strip()}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import _compose
-from llamita import checkpoints, checks, estimate, evaluate, runs
+from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
 from llamita.data import shards, sources, tokens
 from llamita.distill import loop, student
 from llamita.distill.engines import Precision
@@ -148,9 +148,9 @@ class Outlook:
 def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = None) -> tuple[list[Outlook], list[str]]:
     """The outlook of a recipe's stages (a pipeline has several), and every mistake that can be seen beforehand."""
     config, mistakes = _compose.composed(recipe, overrides)
-    mistakes = checks.secrets_in(dict(override.partition("=")[::2] for override in overrides)) + mistakes
+    mistakes = redaction.secrets_in(dict(override.partition("=")[::2] for override in overrides)) + mistakes
     if config is None:
-        return [], list(map(checks.redacted, mistakes))
+        return [], list(map(redaction.redacted, mistakes))
     if recipe == "pipeline":
         return _pipeline(config, world, mistakes)
     outlook = Outlook(name or config.out.name, recipe, config.out)
@@ -173,7 +173,7 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
         world.tokenizers[_normal(config.out)] = outlook.tokenizer
     # What follows from a setting that was not given has been said once.
     mistakes += [mistake for mistake in outlook.mistakes if _compose.UNSET not in mistake]
-    return [outlook], list(dict.fromkeys(map(checks.redacted, mistakes)))
+    return [outlook], list(dict.fromkeys(map(redaction.redacted, mistakes)))
 
 
 def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outlook], list[str]]:
@@ -201,7 +201,7 @@ def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outl
 def _common(config: Any, world: World, outlook: Outlook) -> None:
     """What is checked for every recipe."""
     settings = runs.plain(config)
-    outlook.mistakes += checks.secrets_in(settings)
+    outlook.mistakes += redaction.secrets_in(settings)
     outlook.mistakes += checks.names({"the last part of out": config.out.absolute().name})
     outlook.mistakes += checks.names({"run.project": config.run.project})
     outlook.mistakes += checks.errors_of(

@@ -23,7 +23,7 @@ from rich.table import Table
 import _compose
 import _outlook
 from _outlook import Outlook, World
-from llamita import checks, estimate, runs
+from llamita import estimate, redaction, runs
 
 
 class Recipe(StrEnum):
@@ -90,7 +90,7 @@ def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
     mfu = config.mfu or world.hardware.assumed_mfu
     plan = {
         "recipe": config.recipe.value,
-        "overrides": [checks.redacted(override) for override in overrides],
+        "overrides": [redaction.redacted(override) for override in overrides],
         "hardware": world.hardware.name,
         "assumptions": [
             f"{mfu:.0%} of a peak of {world.hardware.peak_flops / 1e12:,.1f} TFLOP/s is reached: assumed, not measured",

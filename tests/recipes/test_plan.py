@@ -649,7 +649,7 @@ def test_preparing_takes_the_time_of_encoding(plan: Planner, text: Path, tmp_pat
 
 
 def test_what_the_recipe_itself_refuses_no_plan_calls_faultless(
-    plan: Planner, recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Planner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipe's own check is asked at the end, so that the two cannot drift apart."""
     small = model(tmp_path / "m", data)
@@ -657,7 +657,6 @@ def test_what_the_recipe_itself_refuses_no_plan_calls_faultless(
     def refuse(*_: object) -> None:
         raise ValueError("a reason that no plan knows")
 
-    plan("recipe=distill", f"out={tmp_path / 'x'}")
     for name, function, overrides in (
         ("distill", "check", [f"student.path={small}"]),
         ("evaluate", "check", [f"model.path={small}"]),
@@ -665,7 +664,7 @@ def test_what_the_recipe_itself_refuses_no_plan_calls_faultless(
     ):
         own = "calibration.path" if name == "prune" else "data.path"
         with monkeypatch.context() as patched:
-            patched.setattr(sys.modules[f"recipe_{name}"], function, refuse)
+            patched.setattr(sys.modules["_compose"].load(name), function, refuse)
             answer = plan(f"recipe={name}", *overrides, f"{own}={data}", f"out={tmp_path / 'x'}", "num_gpus=1")
         assert answer["mistakes"] == ["a reason that no plan knows"]
 
