@@ -471,7 +471,7 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
     tokens = config.steps * config.global_batch_rows * rows.sequence_length
     text = f"{tokens:,} tokens in {config.steps:,} steps"
     if there := rows.rows.get("train"):
-        text += f", {config.steps * config.global_batch_rows / there:.3g} times the data"
+        text += f", {config.steps * config.global_batch_rows / there:,.1f} times the data"
     outlook.notes.append(text)
 
 
