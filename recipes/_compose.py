@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from _main import CONFIGS
-from llamita import checks
+from llamita import checks, redaction
 
 UNSET = "(not-set)"
 """Stands for a path that was not given, so that what does not depend on it can be checked."""
@@ -35,18 +36,22 @@ def load(name: str) -> ModuleType:
     return sys.modules[key]
 
 
-def composed(recipe: str, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+def composed(recipe: str, overrides: Sequence[str], schema: type | None = None) -> tuple[Any, list[str]]:
     """The typed settings, or ``None`` where mistakes leave none, and the mistakes.
 
-    An override that is refused is left out, so that the rest can be looked at.
+    An override that is refused is left out, so that the rest can be looked at. ``schema`` is the recipe's own unless
+    it is given.
     """
-    schema = getattr(load(recipe), recipe.capitalize())
+    schema = schema or getattr(load(recipe), recipe.capitalize())
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         kept, mistakes = _kept(recipe, list(overrides))
+        refused = {_key(override) for override in overrides if override not in kept}
         while True:
             cfg, unset, failed = _typed(recipe, kept, schema)
-            mistakes += [f"{name} must be given" for name in unset] + [text for _, text in failed]
+            mistakes += [f"{name} must be given" for name in unset if name not in refused] + [
+                text for _, text in failed
+            ]
             fewer = _without(recipe, kept, schema, {node for node, _ in failed if node})
             if not failed or len(fewer) == len(kept):
                 break
@@ -112,7 +117,7 @@ def _explain(recipe: str, kept: list[str], override: str, error: Exception) -> s
     key, cause = _key(override), error.__cause__
     if "Could not override" in str(error):
         plain = OmegaConf.to_container(compose(recipe, overrides=kept), throw_on_missing=False)
-        known = [name for name, _ in checks.flat(plain)]
+        known = [name for name, _ in redaction.flat(plain)]
         prefixes = {".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)}
         return f"{key} is no setting of {recipe}{checks.suggestion(key, [*known, *sorted(prefixes)])}"
     lines = str(cause or error).splitlines()
@@ -125,8 +130,14 @@ def _explain(recipe: str, kept: list[str], override: str, error: Exception) -> s
 
 def _fill_missing(cfg: Any) -> list[str]:
     """Names of mandatory settings without a value; paths get one that is no path."""
-    unset = sorted(OmegaConf.missing_keys(cfg))
+    # First those at the root: others may name them, as ${out}, and cannot be looked at before.
+    unset = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
     for name in unset:
+        with contextlib.suppress(OmegaConfBaseException):
+            OmegaConf.update(cfg, name, UNSET)
+    inner = sorted(OmegaConf.missing_keys(cfg) - set(unset))
+    unset = sorted([*unset, *inner])
+    for name in inner:
         try:
             OmegaConf.update(cfg, name, UNSET)
         except OmegaConfBaseException:

@@ -1,6 +1,7 @@
-"""How a recipe ends: every ending of a Hydra program as one of the contract's exit codes.
+"""How a recipe begins and ends: settings from Hydra, and every ending as one of the contract's exit codes.
 
-Lives beside the recipes because Hydra does. A recipe ends with ``if __name__ == "__main__": exit_with(main)``.
+Lives beside the recipes because Hydra does. A recipe ends with ``main = command(…)`` and
+``if __name__ == "__main__": exit_with(main)``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -23,13 +25,14 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llamita import checks, runs
+from llamita import redaction, runs
 
 T = TypeVar("T")
 _made_by_hydra: list[Path] = []
@@ -63,21 +66,40 @@ def settings(cfg: DictConfig, schema: type[T]) -> T:
         _made_by_hydra.append(Path(HydraConfig.get().runtime.output_dir))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     assert isinstance(config, schema)
-    refuse_secrets(runs.plain(config))
+    _refuse_secrets(runs.plain(config))
     return config
 
 
-def refuse_secrets(settings: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for settings that look like keys: they would end in files, logs and dashboards."""
-    if found := checks.secrets_in(settings):
-        raise ValueError("\n".join(found))
+def command(name: str, schema: type[T], run: Callable[[T], None]) -> Callable[[], None]:
+    """The ``main`` of a recipe: compose ``configs/<name>.yaml`` with the command line, and run what it says."""
+    failures: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)
+    def compose(cfg: DictConfig) -> None:
+        try:
+            run(settings(cfg, schema))
+        except Exception as error:  # Hydra would repeat all overrides before the one message that matters
+            failures.append(error)
+
+    def main() -> None:
+        failures.clear()
+        compose()
+        if failures:
+            raise failures[0]
+
+    return main
+
+
+def _refuse_secrets(settings: dict[str, Any]) -> None:
+    if found := redaction.secrets_in(settings):
+        raise ValueError(redaction.redacted("\n".join(found)))
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
     _tell(runs.EXIT_CRASH)  # stands if this process dies without a word
     try:
-        refuse_secrets(dict(word.partition("=")[::2] for word in sys.argv[1:]))  # Hydra repeats a failed command line
+        _refuse_secrets(dict(word.partition("=")[::2] for word in sys.argv[1:]))  # Hydra repeats a failed command line
         main()
     except runs.Stopped as stopped:
         _say(str(stopped))
@@ -122,6 +144,8 @@ def _tell(code: int) -> None:
 def _message(error: BaseException) -> str:
     """The message, with the innermost cause where a library wrapped it."""
     text = str(error).strip()
+    if missing := re.search(r"[Mm]issing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be given: {missing[1]}=…"
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text += f"\n  because: {str(cause).strip()}"

@@ -8,15 +8,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import _compose
-from llamita import checkpoints, checks, estimate, runs
-from llamita.data import shards, sources
+from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
+from llamita.data import shards, sources, tokens
 from llamita.distill import loop, student
+from llamita.distill.engines import Precision
+from llamita.distill.teachers import Attention
 from llamita.prune import plan as pruning
 from llamita.shapes import PUBLISHED, LlamaShape
 
+T = TypeVar("T")
+UNKNOWN = object()
+"""Made by a stage of which a mistake hides what it makes."""
+MARGIN = 4 / 3
+"""Measured over planned memory, at most (docs/plan.md)."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -41,8 +48,12 @@ class World:
     """As asked for; unset: see :attr:`processes`."""
     sequence_length: int
     """Assumed where the data does not exist."""
-    made: dict[Path, LlamaShape | Rows | None] = field(default_factory=dict)
-
+    made: dict[Path, Any] = field(default_factory=dict)
+    """A :class:`LlamaShape` or :class:`Rows`, ``UNKNOWN``, or ``None`` for what is neither model nor data."""
+    tokenizers: dict[Path, str] = field(default_factory=dict)
+    """Hash of the tokenizer in each of these."""
+    waits_for: frozenset[str] = frozenset()
+    """Stages that are done before the one at hand begins."""
     stage_processes: int | None = None
     """What the pipeline says about the stage at hand."""
 
@@ -53,8 +64,8 @@ class World:
 
     def model(self, setting: str, path: Path, outlook: Outlook, *, needs_tokenizer: bool = True) -> LlamaShape | None:
         """The shape of a model; what is wrong with it goes to ``outlook``."""
-        if isinstance(shape := self.made.get(_normal(path)), LlamaShape):
-            return shape
+        if _normal(path) in self.made:
+            return self._earlier(setting, path, outlook, LlamaShape, "model")
         outlook.mistakes += checks.model(setting, path, needs_tokenizer=needs_tokenizer)
         shape = checks.model_shape(path)
         if shape is not None and not (path.is_dir() and checks.has_weights(path)):
@@ -63,8 +74,8 @@ class World:
 
     def rows(self, setting: str, path: Path, outlook: Outlook) -> Rows:
         """The data; where there is none, a row length is assumed."""
-        if isinstance(rows := self.made.get(_normal(path)), Rows):
-            return rows
+        if _normal(path) in self.made:
+            return self._earlier(setting, path, outlook, Rows, "data") or Rows(self.sequence_length, 0)
         problems = checks.errors_of(lambda: shards.PackedData.open(path))
         outlook.mistakes += [problem if setting in problem else f"{setting}: {problem}" for problem in problems]
         if problems:
@@ -73,6 +84,34 @@ class World:
         data = shards.PackedData.open(path)
         rows_by_split = {name: entry["rows"] for name, entry in data.manifest["splits"].items()}
         return Rows(data.sequence_length, data.vocab_size, rows_by_split, data.tokenizer_hash)
+
+    def _earlier(self, setting: str, path: Path, outlook: Outlook, kind: type[T], noun: str) -> T | None:
+        self.check_order(setting, path, outlook)
+        made = self.made[_normal(path)]
+        if isinstance(made, kind):
+            return made
+        if made is not UNKNOWN:
+            outlook.mistakes.append(f"{setting}={path}: stage {path.name} makes no {noun}")
+        return None
+
+    def check_order(self, setting: str, path: Path, outlook: Outlook) -> None:
+        """A stage that reads another must wait for it."""
+        if path.name not in self.waits_for:
+            outlook.mistakes.append(
+                f"{setting}={path} is made by stage {path.name}, for which this stage does not wait: add it to after"
+            )
+
+    def is_inside_made(self, path: Path) -> bool:
+        """Whether it lies in the directory of another stage, so that it need not exist yet."""
+        return any(parent in self.made for parent in _normal(path).parents)
+
+    def tokenizer(self, path: Path) -> str | None:
+        """The hash of a directory's tokenizer, where it has or will have one that can be read."""
+        if (place := _normal(path)) in self.made:
+            return self.tokenizers.get(place)
+        if not (path / "tokenizer.json").is_file() or _tokenizer("", path):
+            return None
+        return checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
 
 
 def _normal(path: Path) -> Path:
@@ -97,21 +136,27 @@ class Outlook:
     mistakes: list[str] = field(default_factory=list)
     may_change: tuple[str, ...] = ()
     makes: LlamaShape | Rows | None = None
+    tokenizer: str | None = None
+    """Hash of that of the model or data that it makes."""
+    hours: float = 0.0
+    """Beside operations and disks."""
+    written_bytes: float = 0.0
     on_accelerator: bool = True
+    """Whether the memory is that of an accelerator, not of its host."""
 
 
 def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = None) -> tuple[list[Outlook], list[str]]:
     """The outlook of a recipe's stages (a pipeline has several), and every mistake that can be seen beforehand."""
     config, mistakes = _compose.composed(recipe, overrides)
-    mistakes = checks.secrets_in(dict(override.partition("=")[::2] for override in overrides)) + mistakes
+    mistakes = redaction.secrets_in(dict(override.partition("=")[::2] for override in overrides)) + mistakes
     if config is None:
-        return [], list(map(checks.redacted, mistakes))
+        return [], list(map(redaction.redacted, mistakes))
     if recipe == "pipeline":
         return _pipeline(config, world, mistakes)
     outlook = Outlook(name or config.out.name, recipe, config.out)
     match recipe:
         case "prepare":
-            _prepare(config, outlook)
+            _prepare(config, world, outlook)
         case "prune":
             _prune(config, world, outlook)
         case "distill":
@@ -124,75 +169,127 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
             raise AssertionError(recipe)
     _common(config, world, outlook)
     world.made[_normal(config.out)] = outlook.makes
+    if outlook.tokenizer is not None:
+        world.tokenizers[_normal(config.out)] = outlook.tokenizer
     # What follows from a setting that was not given has been said once.
     mistakes += [mistake for mistake in outlook.mistakes if _compose.UNSET not in mistake]
-    return [outlook], list(dict.fromkeys(map(checks.redacted, mistakes)))
+    return [outlook], list(dict.fromkeys(map(redaction.redacted, mistakes)))
 
 
 def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outlook], list[str]]:
     """Every stage in order; what one makes, the next may read."""
     outlooks: list[Outlook] = []
-    for name in _compose.load("pipeline").in_order(config.stages):
+    order = _compose.load("pipeline").in_order(config.stages)
+    world.made |= {_normal(config.out / name): UNKNOWN for name in order}
+    before: dict[str, frozenset[str]] = {}
+    on_slurm = config.launcher.kind == "slurm"
+    for name in order:
         stage = config.stages[name]
-        launcher: Any = getattr(config, "launcher", None)
-        on_slurm = launcher is not None and launcher.kind == "slurm"
-        world.stage_processes = launcher.nodes * max(1, launcher.gpus_per_node) if on_slurm else stage.processes
+        before[name] = frozenset(stage.after).union(*(before[parent] for parent in stage.after))
+        world.waits_for = before[name]
+        world.stage_processes = (
+            config.launcher.nodes * max(1, config.launcher.gpus_per_node) if on_slurm else stage.processes
+        )
         found, wrong = of(stage.recipe, [*stage.overrides, f"out={config.out / name}"], world, name)
         outlooks += found
         mistakes += [f"stage {name}: {mistake}" for mistake in wrong]
+    needed = sum(sum(outlook.disk.values()) for outlook in outlooks)
+    mistakes += checks.space(config.out, needed, estimate.amount)
     return outlooks, mistakes
 
 
 def _common(config: Any, world: World, outlook: Outlook) -> None:
     """What is checked for every recipe."""
     settings = runs.plain(config)
-    outlook.mistakes += checks.secrets_in(settings)
+    outlook.mistakes += redaction.secrets_in(settings)
     outlook.mistakes += checks.names({"the last part of out": config.out.absolute().name})
     outlook.mistakes += checks.names({"run.project": config.run.project})
     outlook.mistakes += checks.errors_of(
         lambda: runs.check_out(config.out, outlook.recipe, settings, may_change=outlook.may_change)
     )
     outlook.mistakes += checks.space(config.out, sum(outlook.disk.values()), estimate.amount)
-    device = world.hardware if outlook.on_accelerator else estimate.device(estimate.Hardware.cpu)
-    needed = sum(outlook.memory.values())
-    outlook.mistakes += checks.memory(needed, device.name, device.memory_bytes, estimate.amount)
+    if outlook.on_accelerator or not world.hardware.is_gpu:  # the memory of a GPU's host is not known here
+        needed, device = sum(outlook.memory.values()), world.hardware
+        outlook.mistakes += checks.memory(needed, device.name, device.memory_bytes, estimate.amount)
+        if MARGIN * needed > device.memory_bytes >= needed:
+            outlook.notes.append(
+                f"{estimate.amount(needed)} of {device.name} is close: up to a third more than the items above is used "
+                "in practice"
+            )
+    if not outlook.mistakes and not world.made:
+        outlook.mistakes += checks.errors_of(lambda: _own_check(outlook.recipe, config))
 
 
-def _prepare(config: Any, outlook: Outlook) -> None:
+def _own_check(recipe: str, config: Any) -> None:
+    """What the recipe itself refuses before it starts, where everything that it reads is here to be looked at."""
+    module = _compose.load(recipe)
+    match recipe:
+        case "prune":
+            if checks.has_weights(config.model.path):
+                module.calibration(config.calibration, checkpoints.Weights(config.model.path))
+        case "distill":
+            if all(map(checks.has_weights, module.models(config).values())):
+                # That kernel needs a GPU, which the machine that plans may lack.
+                module.check(dataclasses.replace(config, attention=Attention.sdpa))
+        case "evaluate":
+            if all(map(checks.has_weights, config.paths().values())):
+                module.check(config)
+
+
+def _prepare(config: Any, world: World, outlook: Outlook) -> None:
     found = []
-    for name, source in (config.sources or {"source": config.source}).items():
+    for name, source in _compose.load("prepare").named(config).items():
         outlook.mistakes += checks.names({"sources": name})
         try:
             found.append(sources.resolve(name, source))
         except ValueError as error:
             outlook.mistakes.append(str(error))
-    if config.tokenizer.path is not None:
-        if _is_only_a_name(config.tokenizer.path):
+    for source in found:
+        if source.kind is sources.Kind.datasets and not Path(str(source.config.path)).is_dir():
             outlook.notes.append(
-                f"tokenizer.path={config.tokenizer.path} is no directory: the recipe will need one with tokenizer.json"
+                f"source {source.name!r}: {source.config.path} is a name, whose size is not known here; "
+                f"{'it is downloaded' if config.allow_network else 'allow_network=true lets it be downloaded'}"
             )
-        else:
-            outlook.mistakes += _tokenizer("tokenizer.path", config.tokenizer.path)
-    outlook.read_bytes = float(sum(file.stat().st_size for source in found for file in source.files))
-    tokens = outlook.read_bytes / 4
+        elif source.files and not any(file.stat().st_size for file in source.files):
+            outlook.mistakes.append(f"source {source.name!r}: path={source.config.path} is empty")
+    vocabulary = _prepare_tokenizer(config.tokenizer, world, outlook)
+    text = outlook.read_bytes = float(sum(file.stat().st_size for source in found for file in source.files))
+    all_tokens = kept = estimate.num_text_tokens(text)
     if config.max_tokens is not None:
-        tokens = min(tokens, config.max_tokens)
-    outlook.notes.append("4 bytes of text per token are assumed, compressed files counted as they lie")
-    outlook.disk = {"documents, read once": outlook.read_bytes, "tokens, before and after packing": 8 * tokens}
+        kept = min(all_tokens, config.max_tokens)
+    processes = config.num_proc or _compose.load("prepare").num_cores()
+    outlook.hours = estimate.prepare_hours(all_tokens, processes)
+    outlook.notes.append(
+        f"{estimate.TEXT_BYTES_PER_TOKEN:.0f} bytes of text per token and {estimate.TOKENS_PER_CPU_SECOND:,.0f} tokens "
+        f"per second in each of {processes} processes are assumed, compressed files counted as they lie"
+    )
+    outlook.disk = estimate.prepare_disk(text, all_tokens)
     outlook.on_accelerator = False
     outlook.may_change = ("num_proc",)
-    rows, held = tokens / config.sequence_length, config.validation.fraction
-    outlook.makes = Rows(
-        config.sequence_length,
-        _vocabulary(config.tokenizer),
-        {"train": int(rows * (1 - held)), "validation": int(rows * held)},
-    )
+    rows = {}
+    if text:
+        held, per_row = config.validation.fraction, config.sequence_length
+        # However short the text, something is trained on and, if asked for, something held out.
+        rows = {"train": max(1, int(kept * (1 - held) / per_row))}
+        rows["validation"] = max(1, int(all_tokens * held / per_row)) if held else 0
+    outlook.makes = Rows(config.sequence_length, vocabulary, rows, outlook.tokenizer)
 
 
-def _vocabulary(tokenizer: Any) -> int:
-    if tokenizer.path is None:
+def _prepare_tokenizer(tokenizer: Any, world: World, outlook: Outlook) -> int:
+    """The size of the vocabulary, 0 where it is not known; what is wrong goes to ``outlook``."""
+    path = tokenizer.path
+    if path is None:
         return int(tokenizer.vocab_size)
-    return PUBLISHED[str(tokenizer.path)].vocab_size if _is_only_a_name(tokenizer.path) else 0
+    if _is_only_a_name(path):
+        outlook.notes.append(f"tokenizer.path={path} is no directory: the recipe will need one with tokenizer.json")
+        return PUBLISHED[str(path)].vocab_size
+    if _normal(path) in world.made or world.is_inside_made(path):
+        return 0
+    if wrong := _tokenizer("tokenizer.path", path):
+        outlook.mistakes += wrong
+        return 0
+    outlook.tokenizer = world.tokenizer(path)
+    return tokens.vocab_size(checkpoints.load_tokenizer(path))
 
 
 def _is_only_a_name(path: Path) -> bool:
@@ -203,7 +300,7 @@ def _is_only_a_name(path: Path) -> bool:
 def _tokenizer(setting: str, path: Path) -> list[str]:
     if not (path / "tokenizer.json").is_file():
         return [f"{setting}={path} has no tokenizer.json"]
-    return [f"{setting}: {problem}" for problem in checks.errors_of(lambda: checkpoints.load_tokenizer(path))]
+    return [f"{setting}: {problem}" for problem in checks.errors_of(lambda: tokens.load(path))]
 
 
 def _prune(config: Any, world: World, outlook: Outlook) -> None:
@@ -213,26 +310,25 @@ def _prune(config: Any, world: World, outlook: Outlook) -> None:
         rows = world.rows("calibration.path", config.calibration.path, outlook)
     if source is None:
         return
-    outlook.mistakes += _same_tokens("model.path", config.model.path, source, "calibration.path", rows)
+    outlook.mistakes += _same_tokens("model.path", config.model.path, source, "calibration.path", rows, world)
+    outlook.tokenizer = world.tokenizer(config.model.path)
     target, mistakes = _target(source, config.target)
     outlook.mistakes += mistakes + _wanted(source, target, config, world)
     outlook.parameters = {"before": source.num_parameters, "after": target.num_parameters}
     stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
     compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored
-    tokens = 0
+    num_tokens = 0
     if rows is not None:
+        outlook.mistakes += _split(rows, "calibration.path", config.calibration.path, config.calibration.split)
         there = rows.rows.get(config.calibration.split, config.calibration.tokens)
-        tokens = min(config.calibration.tokens, there * rows.sequence_length)
-        context = min(rows.sequence_length, config.calibration.tokens) / 2
-        outlook.flops = {
-            "calibration, forward": tokens * source.forward_flops_per_token(context),
-            "loss afterwards, forward": tokens * target.forward_flops_per_token(context),
-        }
+        num_tokens = min(config.calibration.tokens, there * rows.sequence_length)
+        row_tokens = min(rows.sequence_length, config.calibration.tokens)
+        outlook.flops = estimate.prune_flops(source, target, tokens=num_tokens, row_tokens=row_tokens)
     outlook.memory = estimate.prune_memory(
         source,
         target,
-        tokens=tokens,
-        batch_tokens=min(tokens, config.calibration.batch_rows * (rows.sequence_length if rows else 0)),
+        tokens=num_tokens,
+        batch_tokens=min(num_tokens, config.calibration.batch_rows * (rows.sequence_length if rows else 0)),
         stored_bytes=stored,
         compute_bytes=compute,
         shard_bytes=checkpoints.SHARD_BYTES,
@@ -280,16 +376,22 @@ def _dtype(path: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 
-def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: Rows | None) -> list[str]:
+def _split(rows: Rows, setting: str, path: Path, name: str) -> list[str]:
+    """A split that the data does not have, or that is empty."""
+    if not rows.rows or rows.rows.get(name):
+        return []
+    filled = ", ".join(split for split, number in rows.rows.items() if number)
+    return [f"{setting}={path} has no rows in split {name!r}; it has {filled}"]
+
+
+def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: Rows | None, world: World) -> list[str]:
     """Whether the data's ids mean the same to the model."""
     if rows is None:
         return []
     if rows.vocab_size > shape.vocab_size:
         return [f"{data} has {rows.vocab_size} token ids, {setting}={path} only {shape.vocab_size}"]
-    if rows.tokenizer_hash is None or not (path / "tokenizer.json").is_file():
-        return []
-    mine = checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
-    if mine == rows.tokenizer_hash:
+    mine = world.tokenizer(path)
+    if rows.tokenizer_hash is None or mine is None or mine == rows.tokenizer_hash:
         return []
     return [
         f"{data} was made with another tokenizer ({rows.tokenizer_hash[:12]}) than that of {setting}={path} "
@@ -308,11 +410,25 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
             outlook.mistakes.append("teachers.student: a teacher must not have the name of the student")
         paths[name] = teacher.path
         shapes[name] = world.model(f"teachers.{name}.path", teacher.path, outlook)
-    _agree(paths, shapes, rows, outlook)
+    _agree(paths, shapes, rows, world, outlook)
+    outlook.tokenizer = world.tokenizer(config.student.path) if config.student.path else rows.tokenizer_hash
+    outlook.mistakes += _split(rows, "data.path", config.data.path, "train")
+    if config.validation_rows and rows.rows and not rows.rows.get("validation"):
+        outlook.mistakes.append(
+            f"data.path={config.data.path} has no held-out rows: validation_rows=0 trains without, "
+            f"got {config.validation_rows}"
+        )
+    if config.compile and config.deepspeed.stage:
+        outlook.mistakes.append("compile=true does not go with deepspeed: choose deepspeed=none")
     outlook.mistakes += checks.division(config.global_batch_rows, config.micro_batch_rows, world.processes)
     if student is None:
         return
-    half = config.precision == "bfloat16" or (config.precision == "auto" and world.hardware.is_gpu)
+    half = config.precision is Precision.bfloat16 or (config.precision is Precision.auto and world.hardware.is_gpu)
+    if config.attention is Attention.flash_attention_2 and not (half and world.hardware.is_gpu):
+        outlook.mistakes.append(
+            f"attention=flash_attention_2 needs a GPU and precision=bfloat16, got {world.hardware.name} and "
+            f"{config.precision}; attention=sdpa runs everywhere"
+        )
     stage = config.deepspeed.stage
     precision = estimate.Precision.float32
     if half:
@@ -332,10 +448,13 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
         rows_per_step=config.global_batch_rows,
         sequence_length=rows.sequence_length,
         steps=config.steps,
-        packed=config.attention != "flash_attention_2",
+        packed=config.attention is not Attention.flash_attention_2,
         recompute=config.activation_checkpointing,
         chunk_bytes=mebibytes * 2**20,
+        checkpoint_every=config.checkpoint_every,
         kept_checkpoints=max(2, config.keep_checkpoints),
+        validation_rows=min(config.validation_rows, rows.rows.get("validation", config.validation_rows)),
+        validation_every=config.validation_every,
     )
     outlook.processes = world.processes
     outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items() if shape is not None}
@@ -343,28 +462,22 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
     if not world.hardware.is_gpu:
         outlook.memory = {"Python and its libraries": estimate.PYTHON_BYTES} | outlook.memory
     outlook.flops = estimate.training_flops(training)
-    times = 2 + (config.steps - 1) // config.validation_every if config.validation_every else 2
-    forward = sum(shape.forward_flops_per_token(rows.sequence_length / 2) for shape in shapes.values() if shape)
-    held_out = min(config.validation_rows, rows.rows.get("validation", config.validation_rows))
-    outlook.flops["validation, forward"] = times * held_out * rows.sequence_length * forward
     outlook.read_bytes = float(sum(2 * shape.num_parameters for shape in shapes.values() if shape))
-    outlook.disk = estimate.training_disk(training, saved_bytes_per_value=2 if half else 4)
+    saved = 2 if half else 4
+    outlook.disk = estimate.training_disk(training, saved_bytes_per_value=saved)
+    outlook.written_bytes = estimate.training_written(training, saved_bytes_per_value=saved)
     outlook.may_change = loop.MAY_CHANGE
     outlook.makes = student
     tokens = config.steps * config.global_batch_rows * rows.sequence_length
     text = f"{tokens:,} tokens in {config.steps:,} steps"
     if there := rows.rows.get("train"):
-        text += f", {config.steps * config.global_batch_rows / there:.3g} times the data"
+        text += f", {config.steps * config.global_batch_rows / there:,.1f} times the data"
     outlook.notes.append(text)
 
 
 def _student(config: Any, rows: Rows, world: World, outlook: Outlook) -> LlamaShape | None:
     wanted = config.student
     if wanted.path is not None:
-        most = wanted.shape.max_position_embeddings
-        if (wanted.path / "config.json").is_file():
-            most = runs.read_json(wanted.path / "config.json").get("max_position_embeddings", most)
-        outlook.mistakes += checks.positions(rows.sequence_length, f"student.path={wanted.path}", most)
         return world.model("student.path", wanted.path, outlook)
     outlook.mistakes += checks.positions(rows.sequence_length, "student.shape", wanted.shape.max_position_embeddings)
     sizes = {name: getattr(wanted.shape, name) for name in student.SIZES}
@@ -377,11 +490,18 @@ def _student(config: Any, rows: Rows, world: World, outlook: Outlook) -> LlamaSh
         return None
 
 
-def _agree(paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], rows: Rows, outlook: Outlook) -> None:
+def _agree(
+    paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], rows: Rows, world: World, outlook: Outlook
+) -> None:
     """One vocabulary and one tokenizer for data, student and teachers."""
     for name, path in paths.items():
-        if (shape := shapes[name]) is not None:
-            outlook.mistakes += _same_tokens(name, path, shape, "data.path", rows)
+        if (shape := shapes[name]) is None:
+            continue
+        setting = "student.path" if name == "student" else f"teachers.{name}.path"
+        outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows, world)
+        if (path / "config.json").is_file():
+            most = checkpoints.load_config(path).max_position_embeddings
+            outlook.mistakes += checks.positions(rows.sequence_length, f"{setting}={path}", most)
     sizes = {name: shape.vocab_size for name, shape in shapes.items() if shape is not None}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -389,11 +509,7 @@ def _agree(paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], r
     for name, shape in shapes.items():
         if shape is not None and shape.output_rows is not None:
             outlook.mistakes.append(f"{name} has {shape.output_rows} output rows: it is no language model any more")
-    hashes = {
-        name: checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
-        for name, path in paths.items()
-        if (path / "tokenizer.json").is_file() and not _tokenizer(name, path)
-    }
+    hashes = {name: digest for name, path in paths.items() if (digest := world.tokenizer(path))}
     if rows.tokenizer_hash is None and len(set(hashes.values())) > 1:
         listed = ", ".join(f"{name} {digest[:12]}" for name, digest in hashes.items())
         outlook.mistakes.append(f"student and teachers must have the same tokenizer, got {listed}")
@@ -407,7 +523,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
         setting = f"models.{name}.path" if name in config.models else f"{name}.path"
         if (shape := world.model(setting, path, outlook, needs_tokenizer=bool(config.tasks))) is not None:
             shapes[name] = shape
-            outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows)
+            outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows, world)
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if "teacher" in shapes and len(set(sizes.values())) > 1:
         outlook.mistakes.append(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
@@ -415,27 +531,38 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
     if not shapes:
         return
     value = DTYPE_BYTES[config.dtype] if config.dtype else 2
-    outlook.memory = {"largest model": value * float(max(outlook.parameters.values()))}
-    if "teacher" in shapes and len(shapes) > 1:
-        outlook.memory["teacher"] = value * float(outlook.parameters["teacher"])
+    teacher = "teacher" if config.teacher.path is not None else None
+    outlook.memory = estimate.evaluation_memory(
+        shapes,
+        batch_rows=config.data.batch_rows if rows is not None else 0,
+        sequence_length=rows.sequence_length if rows is not None else 0,
+        bytes_per_value=value,
+        chunk_values=evaluate.CHUNK_VALUES,
+        teacher=teacher,
+    )
     if rows is not None:
-        there = rows.rows.get(config.data.split, 0)
-        tokens = rows.sequence_length * (min(config.data.max_rows, there) if config.data.max_rows else there)
-        for name, shape in shapes.items():
-            passes = 1 if name != "teacher" else len(shapes)
-            outlook.flops[f"{name}, forward"] = (
-                passes * tokens * shape.forward_flops_per_token(rows.sequence_length / 2)
-            )
+        outlook.mistakes += _split(rows, "data.path", config.data.path, config.data.split)
+        there = rows.rows.get(config.data.split, config.data.max_rows or 0)
+        outlook.flops = estimate.evaluation_flops(
+            shapes,
+            rows=min(config.data.max_rows or there, there),
+            sequence_length=rows.sequence_length,
+            teacher=teacher,
+        )
     if config.tasks:
+        outlook.mistakes += checks.errors_of(lambda: evaluate.task_manager(config.tasks, config.task_path))
         outlook.notes.append("the time of lm-eval tasks is not counted")
     outlook.read_bytes = 2.0 * value * sum(outlook.parameters.values())
 
 
 def _report(config: Any, world: World, outlook: Outlook) -> None:
     outlook.on_accelerator = False
+    if not config.runs:
+        outlook.mistakes.append("runs must name at least one directory: runs.NAME=PATH")
     for name, path in config.runs.items():
         outlook.mistakes += checks.names({"runs": name})
         if _normal(path) in world.made:
+            world.check_order(f"runs.{name}", path, outlook)
             continue
         if not path.is_dir():
             outlook.mistakes.append(f"runs.{name}={path} does not exist")

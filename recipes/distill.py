@@ -6,16 +6,15 @@ torchrun --nproc-per-node 8 recipes/distill.py … deepspeed=zero2
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 
 
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from transformers import LlamaConfig
 
 from llamita import checkpoints, runs
@@ -189,10 +188,7 @@ def held_out(config: Distill, data: PackedData) -> loop.Validation:
     return loop.Validation(sets={"held_out": list(batches)}, token_bytes=table)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="distill")
-def main(cfg: DictConfig) -> None:
-    run(settings(cfg, Distill))
-
+main = command("distill", Distill, run)
 
 if __name__ == "__main__":
     exit_with(main)

@@ -6,17 +6,16 @@ python recipes/evaluate.py models.pruned.path=pruned models.distilled.path=disti
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -190,11 +189,7 @@ def publish(
     run.finish([FILE], parents=parents, summary={name: entry["values"] for name, entry in models.items()})
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    """Compose, then run."""
-    run(settings(cfg, Evaluate))
-
+main = command("evaluate", Evaluate, run)
 
 if __name__ == "__main__":
     exit_with(main)

@@ -6,7 +6,7 @@ python recipes/pipeline.py pipeline=llama3.2_1b launcher=slurm out=/scratch/llam
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 
 import hashlib
 import json
@@ -15,8 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 import _local
 from _local import Job, LocalConfig, run_jobs
@@ -179,11 +178,7 @@ def submit_jobs(
             print(f"  {job.name:<20} job {numbers[job.name]}", flush=True)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="pipeline")
-def main(cfg: DictConfig) -> None:
-    """Compose, then run."""
-    run(settings(cfg, Pipeline))
-
+main = command("pipeline", Pipeline, run)
 
 if __name__ == "__main__":
     exit_with(main)

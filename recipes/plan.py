@@ -5,7 +5,7 @@ python recipes/plan.py recipe=distill student.path=pruned data.path=data out=stu
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with  # isort: skip
+from _main import exit_with  # isort: skip
 
 import dataclasses
 import json
@@ -15,16 +15,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 
+import _compose
 import _outlook
 from _outlook import Outlook, World
-from llamita import checks, estimate, runs
+from llamita import estimate, redaction, runs
 
 
 class Recipe(StrEnum):
@@ -91,7 +90,7 @@ def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
     mfu = config.mfu or world.hardware.assumed_mfu
     plan = {
         "recipe": config.recipe.value,
-        "overrides": [checks.redacted(override) for override in overrides],
+        "overrides": [redaction.redacted(override) for override in overrides],
         "hardware": world.hardware.name,
         "assumptions": [
             f"{mfu:.0%} of a peak of {world.hardware.peak_flops / 1e12:,.1f} TFLOP/s is reached: assumed, not measured",
@@ -114,7 +113,7 @@ def numbers(stage: Outlook, device: estimate.Device, mfu: float) -> dict[str, An
     """The outlook of a stage as plain values, with sums and time."""
     flops, disk = sum(stage.flops.values()), sum(stage.disk.values())
     hours = estimate.hours(flops, stage.processes if device.is_gpu else 1, device, mfu)
-    hours += (stage.read_bytes + disk) / estimate.DISK_BYTES_PER_SECOND / 3600
+    hours += stage.hours + (stage.read_bytes + max(disk, stage.written_bytes)) / estimate.DISK_BYTES_PER_SECOND / 3600
     return {
         "stage": stage.name,
         "recipe": stage.recipe,
@@ -167,10 +166,12 @@ def show(plan: dict[str, Any]) -> None:
 def main() -> None:
     """Compose the plan's own settings from its overrides, leave the others to the recipe, then plan."""
     own, overrides = split(sys.argv[1:])
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = OmegaConf.to_object(compose("plan", overrides=own))
-    assert isinstance(config, Plan)
+    if {"--help", "-h"} & set(overrides):
+        print(__doc__, *(f"{field.name}=" for field in dataclasses.fields(Plan)))
+        return
+    config, mistakes = _compose.composed("plan", own, Plan)
+    if config is None or mistakes:
+        raise ValueError("\n  ".join(mistakes))
     if run(config, overrides)["mistakes"]:
         raise ValueError("nothing was started; correct the mistakes above and plan again")
 

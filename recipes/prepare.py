@@ -5,7 +5,7 @@ python recipes/prepare.py source.path=books/ tokenizer.path=Llama-3.1-8B sequenc
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 import logging
 import os
 import sys
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import hydra
 import numpy as np
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from transformers import PreTrainedTokenizerFast
 
 from llamita import checkpoints, runs
@@ -158,10 +157,7 @@ def named(config: Prepare) -> dict[str, SourceConfig]:
     return config.sources or {"source": config.source}
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="prepare")
-def main(cfg: DictConfig) -> None:
-    run(settings(cfg, Prepare))
-
+main = command("prepare", Prepare, run)
 
 if __name__ == "__main__":
     exit_with(main)

@@ -5,16 +5,15 @@ python recipes/prune.py model.path=llama-3.1-8b target=llama3.2_1b calibration.p
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 from llamita import checkpoints, runs
 from llamita.data import loader, shards, tokens
@@ -209,11 +208,7 @@ def losses(
     return {"loss_before": before, "loss_after": after} if before is not None and after is not None else {}
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="prune")
-def main(cfg: DictConfig) -> None:
-    """Prune from the command line."""
-    run(settings(cfg, Prune))
-
+main = command("prune", Prune, run)
 
 if __name__ == "__main__":
     exit_with(main)

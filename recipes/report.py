@@ -5,12 +5,11 @@ python recipes/report.py runs.pruned=pruned runs.distilled=distilled runs.evalua
 
 from __future__ import annotations
 
-from _main import CONFIGS, exit_with, settings, store  # isort: skip
+from _main import command, exit_with, store  # isort: skip
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 from llamita.report import gather, page
 from llamita.runs import RunConfig, is_main_process, plain, start
@@ -46,11 +45,7 @@ def run(config: Report) -> None:
         page.show(report, config.out / page.PAGE)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="report")
-def main(cfg: DictConfig) -> None:
-    """Compose, then run."""
-    run(settings(cfg, Report))
-
+main = command("report", Report, run)
 
 if __name__ == "__main__":
     exit_with(main)

@@ -7,7 +7,7 @@ size, F = MLP width, Q = query heads times head size, K = KV heads times head si
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,6 +16,11 @@ from llamita.shapes import LlamaShape
 GIB = 2**30
 DISK_BYTES_PER_SECOND = 1e9
 """Assumed, for reading weights and writing checkpoints."""
+
+TOKENS_PER_CPU_SECOND = 2e5
+"""Encoded by one process: the lower of the two measured texts (docs/data.md), so prose is faster."""
+TEXT_BYTES_PER_TOKEN = 4.0
+"""Of English and source code with Llama 3's tokenizer."""
 
 PYTHON_BYTES = 300.0 * 2**20
 """Of a process that has imported torch and transformers, files' pages apart; 282 MiB measured with torch 2.13."""
@@ -108,7 +113,27 @@ class Training:
     """Activation checkpointing: one input per layer is kept, the rest is computed again."""
     chunk_bytes: float
     """Budget of the loss for logits."""
+    checkpoint_every: int
     kept_checkpoints: int
+    validation_rows: int
+    """Of each validation, over all processes; 0: there is none."""
+    validation_every: int
+    """0: before the first step and after the last one only."""
+
+
+def num_text_tokens(text_bytes: float) -> float:
+    """Tokens that a text of so many bytes gives."""
+    return text_bytes / TEXT_BYTES_PER_TOKEN
+
+
+def prepare_hours(tokens: float, processes: int) -> float:
+    """Wall-clock hours of encoding, which is nearly all of the work."""
+    return tokens / (TOKENS_PER_CPU_SECOND * processes) / 3600
+
+
+def prepare_disk(text_bytes: float, tokens: float) -> dict[str, float]:
+    """Bytes at the fullest moment: the text once, and every token as 4 bytes before and after packing."""
+    return {"documents, while it runs": float(text_bytes), "tokens, before and after packing": 8.0 * tokens}
 
 
 def state_bytes(shape: LlamaShape, precision: Precision, processes: int, zero_stage: int) -> dict[str, float]:
@@ -192,6 +217,9 @@ def loss_bytes(training: Training) -> dict[str, float]:
         "loss: gradient of the head": 4.0 * (shape.output_rows or shape.vocab_size) * shape.hidden_size,
         "loss: hidden states": 2.0 * tokens * stream * shape.hidden_size,
     }
+    if training.precision is not Precision.float32:
+        # Autocast multiplies with a copy of the head; without it the gradient is copied on its way to the weights.
+        items["loss: bfloat16 copy"] = 2.0 * (shape.output_rows or shape.vocab_size) * shape.hidden_size
     for teacher in training.teachers:
         items["loss: hidden states"] += 2.0 * tokens * value * teacher.shape.hidden_size
     return items
@@ -238,18 +266,38 @@ def training_flops(training: Training) -> dict[str, float]:
         items["student, recomputed layers"] = tokens * again
     for teacher in training.teachers:
         items[f"teacher {teacher.name}, forward"] = tokens * teacher.shape.forward_flops_per_token(context)
+    if training.validation_rows:
+        shapes = [training.student, *(teacher.shape for teacher in training.teachers)]
+        held_out = float(num_validations(training)) * training.validation_rows * training.sequence_length
+        items["validation, forward"] = held_out * sum(shape.forward_flops_per_token(context) for shape in shapes)
     return items
 
 
+def num_validations(training: Training) -> int:
+    """Before the first step, after the last, and each time between them that is due."""
+    between = (training.steps - 1) // training.validation_every if training.validation_every else 0
+    return 2 + between
+
+
+def checkpoint_bytes(training: Training) -> float:
+    """Bytes of one checkpoint: float32 weights and two moments; DeepSpeed writes the layers' own weights too."""
+    own = 0 if training.zero_stage == 0 else 2 if training.precision is Precision.bfloat16 else 4
+    return (12.0 + own) * training.student.num_parameters
+
+
 def training_disk(training: Training, *, saved_bytes_per_value: int) -> dict[str, float]:
-    """Bytes that the stage writes: float32 weights and moments per checkpoint, one more while it is published."""
-    count = training.student.num_parameters
+    """Bytes at the fullest moment: the checkpoints that stay, one more while it is published, and the model."""
     return {
-        f"{training.kept_checkpoints} checkpoints and one being written": 12.0
-        * count
+        f"{training.kept_checkpoints} checkpoints and one being written": checkpoint_bytes(training)
         * (training.kept_checkpoints + 1),
-        "model": float(saved_bytes_per_value * count),
+        "model": float(saved_bytes_per_value * training.student.num_parameters),
     }
+
+
+def training_written(training: Training, *, saved_bytes_per_value: int) -> float:
+    """Bytes written over the whole stage, those of checkpoints that do not stay included."""
+    checkpoints = -(-training.steps // training.checkpoint_every)
+    return checkpoints * checkpoint_bytes(training) + saved_bytes_per_value * training.student.num_parameters
 
 
 def prune_memory(
@@ -284,6 +332,53 @@ def prune_memory(
         "Python and its libraries": PYTHON_BYTES,
         "hidden states, before and behind the final norm": 2.0 * compute_bytes * tokens * hidden,
     } | max(calibration, surgery, key=lambda items: sum(items.values()))
+
+
+def prune_flops(source: LlamaShape, target: LlamaShape, *, tokens: int, row_tokens: int) -> dict[str, float]:
+    """Operations of scoring on text, and of the loss of the result on the same text."""
+    return {
+        "calibration, forward": tokens * source.forward_flops_per_token(row_tokens / 2),
+        "loss afterwards, forward": tokens * target.forward_flops_per_token(row_tokens / 2),
+    }
+
+
+def evaluation_flops(
+    models: Mapping[str, LlamaShape], *, rows: int, sequence_length: int, teacher: str | None
+) -> dict[str, float]:
+    """Operations of measuring every model; the teacher runs once for itself and once beside each of the others."""
+    tokens = float(rows) * sequence_length
+    return {
+        f"{name}, forward": (len(models) if name == teacher else 1)
+        * tokens
+        * shape.forward_flops_per_token(sequence_length / 2)
+        for name, shape in models.items()
+    }
+
+
+def evaluation_memory(
+    models: Mapping[str, LlamaShape],
+    *,
+    batch_rows: int,
+    sequence_length: int,
+    bytes_per_value: int,
+    chunk_values: int,
+    teacher: str | None,
+) -> dict[str, float]:
+    """Bytes per process while the largest model is measured, beside the teacher where there is one.
+
+    ``chunk_values`` logits exist at a time for each model, in float32, with their log-probabilities.
+    """
+    others = {name: shape for name, shape in models.items() if name != teacher}
+    largest = max((others or models).values(), key=lambda shape: shape.num_parameters)
+    items = {"largest model": bytes_per_value * float(largest.num_parameters)}
+    if others and teacher is not None and teacher in models:
+        items["teacher"] = bytes_per_value * float(models[teacher].num_parameters)
+    if tokens := batch_rows * sequence_length:
+        widest = max(2 * shape.hidden_size + 4 * shape.intermediate_size for shape in models.values())
+        items["forward of one batch"] = float(tokens * bytes_per_value * widest)
+        items["document mask"] = float(tokens * sequence_length * (1 + bytes_per_value))
+        items["logits of a chunk"] = (5.0 if "teacher" in items else 2.0) * 4 * chunk_values
+    return items
 
 
 def hours(flops: float, processes: int, hardware: Device, mfu: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, checks, runs
+from llamita import checkpoints, checks, redaction, runs
 from llamita.shapes import PUBLISHED
 
 CANARIES = {
@@ -26,11 +26,11 @@ CANARIES = {
 @pytest.mark.parametrize("kind", CANARIES)
 def test_a_secret_in_any_setting_is_found_and_never_repeated(kind: str) -> None:
     settings = {"run": {"seed": 1}, "list": [{"deep": CANARIES[kind]}]}
-    found = checks.secrets_in(settings)
+    found = redaction.secrets_in(settings)
     assert len(found) == 1
     assert found[0].startswith("list[0].deep looks like")
     assert CANARIES[kind] not in found[0]
-    assert CANARIES[kind] not in checks.redacted(f"list.deep={CANARIES[kind]}")
+    assert CANARIES[kind] not in redaction.redacted(f"list.deep={CANARIES[kind]}")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_secret_in_any_setting_is_found_and_never_repeated(kind: str) -> None:
     ],
 )
 def test_paths_and_names_are_no_secrets(value: Any) -> None:
-    assert checks.secrets_in({"x": value}) == []
+    assert redaction.secrets_in({"x": value}) == []
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "x" * 65, "a\nb", "a b", "..", "$(id)", "ä"])

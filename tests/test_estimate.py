@@ -36,7 +36,10 @@ def training(**changes: Any) -> Training:
         packed=False,
         recompute=False,
         chunk_bytes=2**30,
+        checkpoint_every=100,
         kept_checkpoints=2,
+        validation_rows=0,
+        validation_every=0,
     )
     return dataclasses.replace(base, **changes)
 
@@ -172,8 +175,72 @@ def test_teachers_are_all_resident_and_the_widest_one_is_at_work() -> None:
 
 
 def test_checkpoints_need_room_for_one_more_than_is_kept() -> None:
-    disk = estimate.training_disk(training(kept_checkpoints=3), saved_bytes_per_value=2)
+    disk = estimate.training_disk(training(zero_stage=0, kept_checkpoints=3), saved_bytes_per_value=2)
     assert sum(disk.values()) == (4 * 12 + 2) * LLAMA_1B.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "per_parameter"),
+    [(0, Precision.float32, 12), (0, Precision.autocast, 12), (2, Precision.bfloat16, 14), (3, Precision.float32, 16)],
+)
+def test_a_checkpoint_of_deepspeed_holds_the_layers_own_weights_too(
+    stage: int, precision: Precision, per_parameter: int
+) -> None:
+    plan = training(zero_stage=stage, precision=precision)
+    assert estimate.checkpoint_bytes(plan) == per_parameter * LLAMA_1B.num_parameters
+
+
+def test_checkpoints_that_do_not_stay_are_written_all_the_same() -> None:
+    plan = training(zero_stage=0, steps=1001, checkpoint_every=100)
+    assert estimate.training_written(plan, saved_bytes_per_value=2) == (11 * 12 + 2) * LLAMA_1B.num_parameters
+
+
+@pytest.mark.parametrize(("every", "times"), [(0, 2), (100, 11), (300, 5), (5000, 2)])
+def test_validation_is_counted_before_the_first_step_after_the_last_and_whenever_it_is_due(
+    every: int, times: int
+) -> None:
+    """Forward passes only, of the student and of each teacher."""
+    items = estimate.training_flops(training(validation_rows=64, validation_every=every))
+    each = LLAMA_1B.forward_flops_per_token(4096) + LLAMA_8B.forward_flops_per_token(4096)
+    assert items["validation, forward"] == times * 64 * 8192 * each
+    assert "validation, forward" not in estimate.training_flops(training(validation_rows=0))
+
+
+def test_the_loss_holds_a_second_head_wherever_products_are_bfloat16() -> None:
+    name, values = "loss: bfloat16 copy", 128256 * 2048
+    assert name not in estimate.loss_bytes(training(precision=Precision.float32))
+    assert estimate.loss_bytes(training(precision=Precision.autocast))[name] == 2 * values
+
+
+def test_preparing_takes_the_time_of_encoding_and_room_for_text_and_tokens() -> None:
+    assert estimate.num_text_tokens(4e9) == 1e9
+    assert estimate.prepare_hours(estimate.TOKENS_PER_CPU_SECOND * 3600 * 8, 8) == 1
+    assert sum(estimate.prepare_disk(4e9, 1e9).values()) == 12e9
+
+
+def test_an_evaluation_runs_the_teacher_beside_every_other_model() -> None:
+    models = {"teacher": LLAMA_8B, "small": LLAMA_1B, "other": LLAMA_3B}
+    flops = estimate.evaluation_flops(models, rows=10, sequence_length=8192, teacher="teacher")
+    assert flops["teacher, forward"] == 3 * 10 * 8192 * LLAMA_8B.forward_flops_per_token(4096)
+    assert flops["small, forward"] == 10 * 8192 * LLAMA_1B.forward_flops_per_token(4096)
+
+
+def test_an_evaluation_holds_its_teacher_and_the_largest_other_model() -> None:
+    def memory(models: dict[str, LlamaShape], teacher: str | None) -> dict[str, float]:
+        return estimate.evaluation_memory(
+            models, batch_rows=1, sequence_length=8192, bytes_per_value=2, chunk_values=2**26, teacher=teacher
+        )
+
+    both = memory({"teacher": LLAMA_8B, "small": LLAMA_1B, "other": LLAMA_3B}, "teacher")
+    assert both["teacher"] == 2 * LLAMA_8B.num_parameters
+    assert both["largest model"] == 2 * LLAMA_3B.num_parameters
+    alone = memory({"teacher": LLAMA_8B}, "teacher")
+    assert alone["largest model"] == 2 * LLAMA_8B.num_parameters
+    assert "teacher" not in alone
+
+
+def test_pruning_without_text_takes_no_operations() -> None:
+    assert sum(estimate.prune_flops(LLAMA_8B, LLAMA_1B, tokens=0, row_tokens=0).values()) == 0
 
 
 def prune_memory(target: LlamaShape, **changes: int) -> dict[str, float]:

@@ -52,7 +52,7 @@ def told(recipe: Callable[[str], ModuleType], *overrides: str) -> Any:
     """The settings that the command line would give."""
     module = recipe("evaluate")
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        return module.settings(compose("evaluate", overrides=list(overrides)), module.Evaluate)
+        return sys.modules["_main"].settings(compose("evaluate", overrides=list(overrides)), module.Evaluate)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ import pytest
 
 from llamita import runs
 
+NAMES = ["prepare", "prune", "distill", "evaluate", "report", "pipeline"]
+CANARY = "hf_" + "Zq9" * 11
+
 
 @pytest.fixture
 def main(recipe: Callable[[str], ModuleType]) -> ModuleType:
@@ -96,18 +99,48 @@ def test_an_out_that_cannot_be_a_directory_is_refused(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_secret_in_a_setting_is_refused_before_it_is_written(
-    main: ModuleType,
+def ending(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """The exit code of a recipe that was called with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.exit_with(module.main)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_key_on_the_command_line_is_refused_before_anything_is_written_or_said(
+    name: str,
     recipe: Callable[[str], ModuleType],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    canary = "hf_" + "Zq9" * 11
-    told = [f"out={tmp_path / 'out'}", "sequence_length=64", f"source.path=/data/{canary}"]
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *told])
-    assert code(main, recipe("prepare").main) == runs.EXIT_USER
-    said = capsys.readouterr()
-    assert "looks like a Hugging Face token" in said.err
-    assert canary not in said.err + said.out
-    assert not (tmp_path / "out").exists()
+    code = ending(recipe(name), monkeypatch, f"run.project={CANARY}", f"out={tmp_path / 'out'}")
+    printed = capfd.readouterr()
+    assert code == 64
+    assert "run.project looks like a Hugging Face token" in printed.err
+    assert CANARY not in printed.out + printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_in_an_experiments_file_is_refused_too(recipe: Callable[[str], ModuleType]) -> None:
+    """The last moment before it would be written into ``config.yaml``."""
+    from omegaconf import OmegaConf
+
+    report = recipe("report")
+    with pytest.raises(ValueError, match=r"run\.project looks like a Hugging Face token") as refused:
+        sys.modules["_main"].settings(OmegaConf.create({"out": "x", "run": {"project": CANARY}}), report.Report)
+    assert CANARY not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_without_a_directory_says_that_it_must_be_given(
+    name: str,
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["pipeline=llama3.2_1b"] if name == "pipeline" else []
+    assert ending(recipe(name), monkeypatch, *arguments) == 64
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "error: out must be given: out=…\n"), "and Hydra says nothing of its own"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -420,3 +421,278 @@ def test_the_plans_own_settings_have_limits(
     monkeypatch.setattr(sys, "argv", ["plan.py", "recipe=prune", wrong])
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):
         recipe("plan").main()
+
+
+def pipeline(tmp_path: Path, stages: dict[str, tuple[str, list[str], list[str]]]) -> list[str]:
+    """Arguments that plan a pipeline of these stages: recipe, overrides, and what each waits for."""
+    file = tmp_path / "configs" / "pipeline" / "mine.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entries = {name: {"recipe": r, "overrides": o, "after": a} for name, (r, o, a) in stages.items()}
+    file.write_text("# @package _global_\n" + yaml.safe_dump({"stages": entries}))
+    searched = f"hydra.searchpath=[file://{file.parent.parent}]"
+    return ["recipe=pipeline", searched, "pipeline=mine", f"out={tmp_path / 'pipeline'}", "hardware=cpu"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A little corpus."""
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    return tmp_path / "a.txt"
+
+
+def test_stages_of_different_tokenizers_are_a_mistake_before_the_first_one_runs(
+    plan: Planner, data: Path, text: Path, tmp_path: Path
+) -> None:
+    mine, other = model(tmp_path / "mine", data), model(tmp_path / "other", data)
+    definition = runs.read_json(other / "tokenizer.json")
+    definition["model"]["merges"] = definition["model"]["merges"][:-1]
+    runs.write_json(other / "tokenizer.json", definition)
+    out = tmp_path / "pipeline"
+
+    def mistakes(tokenizer: Path) -> list[str]:
+        stages = {
+            "data": ("prepare", [f"source.path={text}", f"tokenizer.path={tokenizer}", "sequence_length=64"], []),
+            "small": (
+                "prune",
+                [f"model.path={mine}", f"calibration.path={out}/data", "target.num_hidden_layers=1"],
+                ["data"],
+            ),
+            "trained": (
+                "distill",
+                [f"student.path={out}/small", f"teachers.big.path={mine}", f"data.path={out}/data"],
+                ["data", "small"],
+            ),
+        }
+        found: list[str] = plan(*pipeline(tmp_path, stages))["mistakes"]
+        return found
+
+    assert mistakes(mine) == []
+    wrong = mistakes(other)
+    assert [mistake.partition(":")[0] for mistake in wrong] == ["stage small", "stage trained", "stage trained"]
+    assert all("another tokenizer" in mistake for mistake in wrong)
+
+
+def test_a_stage_that_does_not_wait_for_what_it_reads_is_a_mistake(plan: Planner, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pipeline"
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes = [f"student.shape.{name}={size}" for name, size in (shape | {"num_key_value_heads": 1}).items()]
+    stages = {
+        "data": ("prepare", [f"source.path={text}", "tokenizer.vocab_size=400", "sequence_length=64"], []),
+        "trained": ("distill", [*sizes, f"data.path={out}/data"], []),
+        "page": ("report", [f"runs.trained={out}/trained"], []),
+    }
+    wrong = plan(*pipeline(tmp_path, stages))["mistakes"]
+    assert sorted(wrong, reverse=True) == [
+        f"stage trained: data.path={out}/data is made by stage data, for which this stage does not wait: "
+        "add it to after",
+        f"stage page: runs.trained={out}/trained is made by stage trained, for which this stage does not wait: "
+        "add it to after",
+    ]
+
+
+def test_a_mistake_in_one_stage_is_not_said_again_by_those_that_read_it(
+    plan: Planner, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pipeline"
+    stages = {
+        "data": ("prepare", [f"source.path={text}", "sequence_length=1"], []),
+        "small": (
+            "prune",
+            [EIGHT, f"calibration.path={out}/data", "target=llama3.2_1b", "target.head_dim=7"],
+            ["data"],
+        ),
+        "checked": ("evaluate", [f"models.small.path={out}/small", f"data.path={out}/data"], ["data", "small"]),
+    }
+    wrong = plan(*pipeline(tmp_path, stages))["mistakes"]
+    assert len(wrong) == 2, wrong
+    assert wrong[0].startswith("stage data: sequence_length must be at least 2, got 1")
+    assert wrong[1].startswith("stage small: target.head_dim must be even")
+
+
+def test_a_stage_that_makes_no_model_cannot_be_pruned(plan: Planner, text: Path, tmp_path: Path) -> None:
+    stages = {
+        "data": ("prepare", [f"source.path={text}", "tokenizer.vocab_size=400", "sequence_length=64"], []),
+        "small": ("prune", [f"model.path={tmp_path / 'pipeline'}/data", *MAGNITUDES], ["data"]),
+    }
+    (wrong,) = plan(*pipeline(tmp_path, stages))["mistakes"]
+    assert wrong.endswith("pipeline/data: stage data makes no model")
+
+
+def test_training_without_held_out_rows_is_a_mistake_unless_nothing_is_validated(
+    plan: Planner, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pipeline"
+    overrides = [f"source.path={text}", "tokenizer.vocab_size=400", "sequence_length=64", "validation.fraction=0"]
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes = [f"student.shape.{name}={size}" for name, size in (shape | {"num_key_value_heads": 1}).items()]
+    for rows, number in ((64, 1), (0, 0)):
+        stages = {
+            "data": ("prepare", overrides, []),
+            "trained": ("distill", [*sizes, f"data.path={out}/data", f"validation_rows={rows}"], ["data"]),
+        }
+        wrong = plan(*pipeline(tmp_path, stages))["mistakes"]
+        assert sum("has no held-out rows" in mistake for mistake in wrong) == len(wrong) == number
+
+
+def test_a_pipeline_whose_paths_are_not_given_says_which(plan: Planner) -> None:
+    wrong = plan("recipe=pipeline", "pipeline=llama3.2_1b")["mistakes"]
+    assert wrong[0] == "out must be given"
+    assert "inputs.corpus" in wrong[1]
+    assert len(wrong) == 2
+
+
+@pytest.mark.parametrize("name", ["llama3.2_1b", "llama3.2_3b"])
+def test_the_published_pipelines_are_planned_before_anything_of_them_exists(
+    plan: Planner, text: Path, tmp_path: Path, name: str
+) -> None:
+    answer = plan(
+        "recipe=pipeline",
+        f"pipeline={name}",
+        "inputs.teacher=meta-llama/Llama-3.1-8B",
+        f"inputs.corpus={text}",
+        f"out={tmp_path / 'chain'}",
+    )
+    stages = {stage["stage"]: stage for stage in answer["stages"]}
+    assert list(stages) == ["data", "pruned", "distilled", "evaluation", "report"]
+    assert not [mistake for mistake in answer["mistakes"] if "GiB free" not in mistake]
+    target = PUBLISHED[f"meta-llama/Llama-{name[5:8]}-{name[-2:].upper()}"]
+    assert stages["distilled"]["parameters"]["student"] == target.num_parameters
+    assert stages["distilled"]["memory_bytes"]["total"] < 80e9
+
+
+def test_the_room_of_all_stages_together_must_be_there(
+    plan: Planner, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {name: ("prune", [EIGHT, "target=llama3.2_1b", *MAGNITUDES], []) for name in ("first", "second", "third")}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5 * 2**30))
+    wrong = plan(*pipeline(tmp_path, stages))["mistakes"]
+    assert [mistake for mistake in wrong if "needs 6.9 GiB" in mistake and not mistake.startswith("stage")] == wrong
+
+
+def test_pruning_for_a_gpu_node_is_not_held_to_the_memory_of_the_machine_that_plans(
+    plan: Planner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node is smaller than what the stage runs on."""
+    monkeypatch.setattr("os.sysconf", lambda name: 2**15)
+    overrides = ["recipe=prune", EIGHT, "target=llama3.2_1b", f"calibration.path={data}", f"out={tmp_path / 'x'}"]
+    assert plan(*overrides)["mistakes"] == []
+    assert "one process needs" in plan(*overrides, "hardware=cpu")["mistakes"][0]
+
+
+def test_a_plan_that_only_just_fits_says_so(plan: Planner, data: Path, tmp_path: Path) -> None:
+    answer = plan("recipe=evaluate", "model.path=meta-llama/Llama-3.1-8B", f"data.path={data}", f"out={tmp_path / 'x'}")
+    assert not any("is close" in note for note in answer["stages"][0]["notes"])
+    training = ["recipe=distill", "student.path=meta-llama/Llama-3.1-8B", f"data.path={data}", "deepspeed=zero2"]
+    notes = plan(*training, "num_gpus=3", "micro_batch_rows=1", "global_batch_rows=6", f"out={tmp_path / 'y'}")[
+        "stages"
+    ][0]["notes"]
+    assert any("is close: up to a third more" in note for note in notes)
+
+
+def test_settings_that_the_engine_refuses_are_mistakes(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student = model(tmp_path / "s", data)
+    overrides = ["recipe=distill", f"student.path={student}", f"data.path={data}", "num_gpus=1"]
+    overrides += [f"out={tmp_path / 'x'}"]
+    (wrong,) = plan(*overrides, "compile=true", "deepspeed=zero1")["mistakes"]
+    assert wrong.startswith("compile=true does not go with deepspeed")
+    assert plan(*overrides, "attention=flash_attention_2")["mistakes"] == []
+    for other in ("hardware=cpu", "precision=float32"):
+        (wrong,) = plan(*overrides, "attention=flash_attention_2", other)["mistakes"]
+        assert wrong.startswith("attention=flash_attention_2 needs a GPU and precision=bfloat16")
+
+
+def test_rows_longer_than_a_teachers_positions_are_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student, teacher = model(tmp_path / "s", data), model(tmp_path / "t", data, max_position_embeddings=32)
+    wrong = plan(
+        "recipe=distill",
+        f"student.path={student}",
+        f"teachers.big.path={teacher}",
+        f"data.path={data}",
+        "num_gpus=1",
+        f"out={tmp_path / 'x'}",
+    )["mistakes"]
+    assert wrong == [f"the data's sequence_length 64 is more than teachers.big.path={teacher} can take: 32"]
+
+
+def test_a_split_that_is_not_there_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
+    small = model(tmp_path / "m", data)
+    evaluation = ["recipe=evaluate", f"model.path={small}", f"data.path={data}", f"out={tmp_path / 'x'}"]
+    pruning = ["recipe=prune", f"model.path={small}", f"calibration.path={data}", f"out={tmp_path / 'y'}"]
+    for arguments in ([*evaluation, "data.split=test"], [*pruning, "calibration.split=test"]):
+        (wrong,) = plan(*arguments)["mistakes"]
+        assert "has no rows in split 'test'; it has train, validation" in wrong
+
+
+def test_a_task_that_nobody_knows_is_a_mistake(
+    plan: Planner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same look at lm-eval's index that the recipe takes, which lasts half a minute."""
+
+    def unknown(names: list[str], _: Path) -> None:
+        raise ValueError(f"tasks has {names[0]!r}, which lm-eval does not know")
+
+    monkeypatch.setattr("llamita.evaluate.task_manager", unknown)
+    small = model(tmp_path / "m", data)
+    answer = plan("recipe=evaluate", f"model.path={small}", "tasks=[nothing]", f"out={tmp_path / 'x'}")
+    assert answer["mistakes"] == ["tasks has 'nothing', which lm-eval does not know"]
+
+
+def test_an_empty_corpus_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    wrong = plan(
+        "recipe=prepare", f"source.path={tmp_path / 'empty.txt'}", "sequence_length=64", f"out={tmp_path / 'x'}"
+    )["mistakes"]
+    assert wrong == [f"source 'source': path={tmp_path / 'empty.txt'} is empty"]
+
+
+def test_preparing_takes_the_time_of_encoding(plan: Planner, text: Path, tmp_path: Path) -> None:
+    answer = plan("recipe=prepare", f"source.path={text}", "sequence_length=64", "num_proc=2", f"out={tmp_path / 'x'}")
+    assert answer["stages"][0]["hours"] * 3600 == pytest.approx(5000 / 4 / 2e5 / 2, rel=0.01)
+
+
+def test_what_the_recipe_itself_refuses_no_plan_calls_faultless(
+    plan: Planner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's own check is asked at the end, so that the two cannot drift apart."""
+    small = model(tmp_path / "m", data)
+
+    def refuse(*_: object) -> None:
+        raise ValueError("a reason that no plan knows")
+
+    for name, function, overrides in (
+        ("distill", "check", [f"student.path={small}"]),
+        ("evaluate", "check", [f"model.path={small}"]),
+        ("prune", "calibration", [f"model.path={small}"]),
+    ):
+        own = "calibration.path" if name == "prune" else "data.path"
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules["_compose"].load(name), function, refuse)
+            answer = plan(f"recipe={name}", *overrides, f"{own}={data}", f"out={tmp_path / 'x'}", "num_gpus=1")
+        assert answer["mistakes"] == ["a reason that no plan knows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "recipe must be given"),
+        (["recipe=cash"], "recipe=cash: Invalid value 'cash', expected one of [prepare, prune"),
+        (["recipe=prune", "hardware=b52"], "hardware=b52: Invalid value 'b52', expected one of [h100"),
+    ],
+)
+def test_a_mistake_in_the_plans_own_settings_is_one_line(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        recipe("plan").main()
+    assert "\n" not in str(refused.value)
+
+
+def test_help_names_the_plans_own_settings(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--help"])
+    recipe("plan").main()
+    printed = capsys.readouterr().out
+    assert "python recipes/plan.py recipe=" in printed
+    assert "assume_sequence_length=" in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ def told(recipe: Callable[[str], ModuleType], *overrides: str) -> Any:
     """The settings that the command line would give."""
     module = recipe("report")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return module.settings(compose("report", overrides=list(overrides)), module.Report)
+        return sys.modules["_main"].settings(compose("report", overrides=list(overrides)), module.Report)
 
 
 def training(path: Path, *, finish: bool) -> Path:
