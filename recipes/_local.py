@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llamita import runs
+from llamita import locks, runs
+from llamita.progress import progress_bars
 
 POLL_SECONDS = 0.2
 ASK_AGAIN_SECONDS = 10.0
@@ -125,7 +126,7 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
 
 def _has_owner(out: Path) -> bool:
     try:
-        runs.Lock(out).dead_owner()
+        locks.Lock(out).dead_owner()
     except ValueError:
         return True
     return False
@@ -229,7 +230,7 @@ class _Screen:
     """A bar per running stage on a terminal; elsewhere one line every 15 seconds."""
 
     def __init__(self) -> None:
-        self._bars: Any = runs.progress_bars() if sys.stderr.isatty() else None
+        self._bars: Any = progress_bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, Any] = {}
         self._first: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}

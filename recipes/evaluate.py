@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, evaluate, runs
 from llamita.data import loader, shards
+from llamita.progress import Progress
 
 FILE = "evaluation.json"
 TASKS = Path(__file__).resolve().parent.parent / "tasks"
@@ -151,7 +152,7 @@ def run(config: Evaluate) -> None:
         teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
         sums: dict[str, evaluate.RowSums] = {}
         models: dict[str, Any] = {}
-        with runs.Progress("evaluate", len(weights)) as progress:
+        with Progress("evaluate", len(weights)) as progress:
             for index, (name, stored) in enumerate(weights.items()):
                 itself = teacher if name == "teacher" else None
                 model = itself or load(stored.path, config)

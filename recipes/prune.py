@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from llamita import checkpoints, runs
 from llamita.data import loader, shards, tokens
+from llamita.progress import Progress
 from llamita.prune import importance, plan, surgery
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def score(
         if {name: scores.info.get(name) for name in info} == info:
             return scores
     if config.calibration.path is not None:
-        with runs.Progress("calibrate", weights.shape.num_hidden_layers) as progress:
+        with Progress("calibrate", weights.shape.num_hidden_layers) as progress:
 
             def watch(layers: int) -> None:
                 progress.update(layers)

@@ -16,8 +16,6 @@ import random
 import secrets
 import shutil
 import signal
-import socket
-import sys
 import threading
 import time
 import traceback
@@ -28,10 +26,12 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
+
+from llamita import locks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,11 +45,8 @@ EXIT_NODE = 70
 EXIT_REQUEUE = 75
 """Everything is saved and the run wants to go on."""
 
-HEARTBEAT_SECONDS = 30.0
 LEAVE_SECONDS = 30.0
 """How long a later rank waits at its end for rank 0 to leave first."""
-STALE_SECONDS = 300.0
-"""A lock of another host that was not touched for this long is taken over."""
 
 BATCH_FILES = {"control", "slurm", "plan.json"}
 """What may be in a run directory before its run: the folders of a batch job, and a plan that was kept."""
@@ -272,157 +269,6 @@ class StopSignal:
         return self._flag.is_set() or any(file.exists() for file in self._files)
 
 
-class Lock:
-    """One process at a time owns a run directory.
-
-    The lock file names host, process and Slurm job. A lock whose process is dead on this host, that belongs to an
-    earlier start of this same Slurm job, or that was not touched for ``STALE_SECONDS`` is taken over.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path / ".lock"
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._text = ""
-        self._lost = False
-
-    def acquire(self) -> None:
-        """Own the directory.
-
-        Raises:
-            ValueError: another live run owns it.
-        """
-        self._text = json.dumps(self._mine())
-        for _ in range(3):
-            try:
-                handle = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if (owner := self.dead_owner()) is not None:
-                    self._take_over(owner)
-                continue
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(self._text)
-            except OSError:
-                self._file.unlink()  # a full disk: an empty lock would look like somebody's
-                raise
-            self._thread = threading.Thread(target=self._beat, daemon=True)
-            self._thread.start()
-            return
-        raise ValueError(f"out={self._file.parent} is being taken by another run; choose another out")
-
-    def _take_over(self, owner: Mapping[str, Any]) -> None:
-        """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
-        grave = self._file.with_name(f".lock-{secrets.token_hex(4)}")
-        try:
-            self._file.rename(grave)
-        except FileNotFoundError:
-            return
-        if _owner_in(grave) != owner:
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, self._file)
-        else:
-            log.warning("taking over %s from a run that ended without a word: %s", self._file.parent, owner)
-        grave.unlink()
-
-    @staticmethod
-    def _mine() -> dict[str, Any]:
-        return {
-            "host": socket.gethostname(),
-            "processes": _process_space(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
-        }
-
-    def dead_owner(self) -> dict[str, Any] | None:
-        """Who left the lock and is gone; ``None`` where there is no lock.
-
-        Raises:
-            ValueError: the owner is alive.
-        """
-        mine = self._mine()
-        try:
-            owner, age = _owner_in(self._file), time.time() - self._file.stat().st_mtime
-        except FileNotFoundError:
-            return None
-        # Containers of one machine, or of two that have the same name, do not see each other's processes.
-        same_host = all(owner.get(key) == mine[key] for key in ("host", "processes"))
-        dead = same_host and _process_start(owner["pid"]) != owner.get("started")
-        # Not this start of it: a job that was started once on each of its nodes would own the directory many times.
-        earlier = mine["job"] is not None and owner.get("job") == mine["job"] and owner.get("start") != mine["start"]
-        # Silence proves nothing of a process that can be seen to live on this host.
-        silent = age > STALE_SECONDS and not (same_host and owner.get("started") is not None)
-        if dead or (earlier and not same_host) or silent:
-            return owner
-        raise ValueError(
-            f"out={self._file.parent} is owned by another run: process {owner.get('pid')} on {owner.get('host')}; "
-            "wait for it, stop it, or choose another out"
-        )
-
-    def _beat(self) -> None:
-        gone = False
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            try:
-                owned = self._file.read_text() == self._text
-                if owned:
-                    os.utime(self._file)
-            except FileNotFoundError:
-                owned, gone = not gone, True  # once: somebody looks whether its owner lives, and puts it back
-            except OSError:
-                continue  # a network file system that is away for a moment
-            else:
-                gone = False
-            if not owned:
-                self._lost = True
-                return
-
-    def check(self) -> None:
-        """Raise ``RuntimeError`` when another run took the directory, as it may from one that was suspended."""
-        if self._lost:
-            raise RuntimeError(
-                f"{self._file.parent} does not belong to this run any more: its lock was taken over or removed"
-            )
-
-    def release(self) -> None:
-        """Give the directory up."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            with contextlib.suppress(FileNotFoundError):
-                if self._file.read_text() == self._text:
-                    self._file.unlink()
-
-
-def _owner_in(file: Path) -> dict[str, Any]:
-    """Who a lock names; nobody where its writer died in the middle of it."""
-    try:
-        owner: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        return {}
-    return owner
-
-
-def _process_space() -> str | None:
-    """Which processes this one can see: those of the same boot and process namespace (``None`` without /proc)."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot; ``None`` if there is none (or no /proc)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else fields[19]
-
-
 class Run:
     """A stage at work in its directory. Make it with :func:`start`."""
 
@@ -435,7 +281,7 @@ class Run:
         self.identity: dict[str, Any] = {}
         self.done = False
         """Whether the directory already holds the finished result of these very settings."""
-        self._lock = Lock(path)
+        self._lock = locks.Lock(path)
         self._metrics = path / "metrics.jsonl"
         self._wandb: Any = None
 
@@ -616,7 +462,7 @@ def owned(path: Path, *, marker: str) -> Iterator[None]:
     if names - BATCH_FILES and marker not in names:
         raise ValueError(f"out={path} holds files but no {marker}; choose an empty or new directory")
     path.mkdir(parents=True, exist_ok=True)
-    lock = Lock(path)
+    lock = locks.Lock(path)
     lock.acquire()
     try:
         yield
@@ -650,7 +496,7 @@ def check_out(path: Path, recipe: str, settings: Mapping[str, Any], *, may_chang
     """Raise the ``ValueError`` that :func:`start` would raise for this directory; nothing is changed."""
     _refuse_foreign_directory(path)
     _check_settings(Run(path, recipe, plain(settings), RunConfig()), may_change)
-    Lock(path).dead_owner()
+    locks.Lock(path).dead_owner()
 
 
 def _refuse_foreign_directory(path: Path) -> None:
@@ -764,78 +610,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if all(row["step"] < step for restart, step in earliest.items() if restart > row["restart"]):
             kept.append(row)
     return kept
-
-
-class Progress:
-    """How far a loop is: a live bar on a terminal, one plain line every few seconds elsewhere; rank 0 only.
-
-    Under a launcher that watches several stages, ``LLAMITA_PROGRESS`` names a file that always holds the latest state.
-    """
-
-    def __init__(self, name: str, total: int, *, completed: int = 0, every_seconds: float = 15.0) -> None:
-        self.name, self.total = name, total
-        self._completed, self._first = completed, completed
-        self._every, self._started, self._said = every_seconds, time.monotonic(), time.monotonic()
-        self._file = os.environ.get("LLAMITA_PROGRESS")
-        self._bar: Any = None
-        if is_main_process() and self._file is None and sys.stderr.isatty():
-            self._bar = progress_bars()
-            self._task = self._bar.add_task(name, total=total, completed=completed, note="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif is_main_process() and self._completed > self._first:
-            self._say("")
-
-    def update(self, completed: int, note: str = "") -> None:
-        """Say that ``completed`` of the total are done."""
-        self._completed = completed
-        if not is_main_process():
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=completed, note=note)
-        elif time.monotonic() - self._said >= (0.5 if self._file else self._every):
-            self._say(note)
-
-    def _say(self, note: str) -> None:
-        self._said = time.monotonic()
-        if self._file:
-            state = {"name": self.name, "completed": self._completed, "total": self.total, "note": note}
-            temporary = Path(f"{self._file}.tmp")
-            temporary.write_text(json.dumps(state))
-            temporary.replace(self._file)
-            return
-        elapsed = self._said - self._started
-        rate = (self._completed - self._first) / max(elapsed, 1e-9)
-        left = f"{(self.total - self._completed) / rate:.0f} s left" if rate > 0 else ""
-        print(f"{self.name}: {self._completed}/{self.total}  {note}  {elapsed:.0f} s gone, {left}", flush=True)
-
-
-def progress_bars() -> Any:
-    """Rich's bars with the columns that every recipe shows; a task has a ``note``."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )

@@ -22,6 +22,7 @@ from llamita.distill import losses, optim
 from llamita.distill.engines import Engine, EngineConfig, MicroBatch
 from llamita.distill.state import Checkpoints, agree_sum
 from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
+from llamita.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Trainer:
         if counters.step == 0:
             self.validate()
         batches = iter(self.source)
-        with runs.Progress(self.run.path.name, steps, completed=counters.step) as progress:
+        with Progress(self.run.path.name, steps, completed=counters.step) as progress:
             while counters.step < steps:
                 started = time.perf_counter()
                 micro_batches = next(batches)

@@ -273,13 +273,13 @@ def test_every_option_of_the_loss_reaches_the_run(
 
 ASKED_AFTER_STEP_3 = """
 import os, runpy, signal, sys
-from llamita import runs
-told = runs.Progress.update
+from llamita.progress import Progress
+told = Progress.update
 def update(self, completed, note=""):
     told(self, completed, note)
     if completed == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-runs.Progress.update = update
+Progress.update = update
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")

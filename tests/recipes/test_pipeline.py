@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llamita import runs
+from llamita.progress import Progress
 
 STAGE = """
 import json, os, sys, time
@@ -255,7 +256,7 @@ def test_a_signal_to_the_pipeline_reaches_the_stage_which_saves(tmp_path: Path) 
 
 def test_progress_of_a_stage_is_read_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMITA_PROGRESS", str(tmp_path / "state"))
-    with runs.Progress("distil", 10) as progress:
+    with Progress("distil", 10) as progress:
         progress.update(3, "loss 1.0")
         progress._said -= 60
         progress.update(4, "loss 0.9")
