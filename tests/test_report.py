@@ -461,14 +461,17 @@ def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
     stage(path, "distill", metrics=[(step, {**row, "perf/tokens_per_s_per_gpu": 7.0}) for step, row in rows[2:]])
     model = gather.gather({"d": path}).models[0]
     assert model.stage is not None
-    assert gather.series(model.stage.metrics, "perf/tokens_per_s_per_gpu") == ([0, 100, 200, 300], [5, 5, 7, 7])
-    assert gather.restarts(model.stage.metrics) == [100]
+    tokens, speed = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
+    assert (tokens.tolist(), speed.tolist()) == ([0, 100, 200, 300], [5, 5, 7, 7])
+    assert model.stage.metrics.restarts == [100]
     assert model.stage.restarts == 1
 
 
 def test_a_value_logged_without_tokens_is_placed_by_its_step() -> None:
-    rows = [{"step": 0, "v": 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, "v": 3.0}, {"step": 7, "v": 1.0}]
-    assert gather.series(rows, "v") == ([0.0, 50.0], [9.0, 3.0])
+    name = "val/v/loss"
+    rows = [{"step": 0, name: 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, name: 3.0}, {"step": 7, name: 1.0}]
+    tokens, values = gather.Metrics(rows).series(name)
+    assert (tokens.tolist(), values.tolist()) == ([0.0, 50.0], [9.0, 3.0])
 
 
 def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other_rows(whole: Any) -> None:
@@ -477,7 +480,7 @@ def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other
     ends = {curve.model.name: curve.values[-1] for curve in report.curves}
     gap = 1.21 - 1.02
     assert figures.teacher_level(report) == pytest.approx(ends["distilled"] - gap)
-    curves = [dataclasses.replace(c, values=[value + 0.1 for value in c.values]) for c in report.curves]
+    curves = [dataclasses.replace(c, values=c.values + 0.1) for c in report.curves]
     assert figures.teacher_level(dataclasses.replace(report, curves=curves)) == pytest.approx(
         ends["distilled"] + 0.1 - gap
     )
@@ -497,10 +500,45 @@ def test_counts_are_said_in_three_digits(number: float, text: str) -> None:
 
 
 def test_smoothing_keeps_constants_and_straight_lines() -> None:
-    assert figures.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-    line = [float(x) for x in range(200)]
+    assert figures.smoothed(np.full(50, 3.0)) == pytest.approx([3.0] * 50)
+    line = np.arange(200.0)
     assert figures.smoothed(line)[10:-10] == pytest.approx(line[10:-10])
-    assert figures.smoothed([1.0]) == [1.0]
+    assert figures.smoothed(np.ones(1)) == [1.0]
+
+
+def test_a_thinned_curve_keeps_its_ends_and_every_spike() -> None:
+    x, values = np.arange(1_000_000.0), np.zeros(1_000_000)
+    values[[123_456, 654_321]] = 9, -9
+    thin_x, thin = figures.thinned(x, values)
+    assert len(thin) <= 3200
+    assert (thin_x[0], thin_x[-1]) == (0, 999_999)
+    assert [thin[thin_x == at].tolist() for at in (123_456, 654_321)] == [[9], [-9]]
+    assert figures.thinned(x[:3200], values[:3200])[1] is not thin
+
+
+def test_a_hundred_thousand_steps_make_no_large_page(tmp_path: Path) -> None:
+    path = stage(tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=training(5, 2, taught=True))
+    noise = np.random.default_rng(0)
+    with (path / "metrics.jsonl").open("a") as file:
+        for step in range(401, 100_000):
+            ce, kd, speed = noise.random(3).tolist()
+            row = {"step": step, "restart": 0, "data/tokens": step * 16384, "train/ce": ce, "train/kd": kd}
+            file.write(json.dumps(row | {"perf/tokens_per_s_per_gpu": speed}) + "\n")
+    assert len(drawn({"d": path}, tmp_path / "out")) < 600_000
+
+
+@pytest.mark.parametrize("torn", ['{"step": 9, "restart": 0, "val/held_', "{"])
+def test_a_line_that_is_still_being_written_is_not_read(torn: str, tmp_path: Path) -> None:
+    """Of a run that goes on, or was killed in the middle of a line."""
+    path = stage(tmp_path / "d", "distill", metrics=training(5, 2, taught=False), finish=False)
+    before = gather.gather({"d": path}).models[0].values
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert gather.gather({"d": path}).models[0].values == before
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line \d+, is not a row"):
+        gather.gather({"d": path})
 
 
 @pytest.mark.parametrize(

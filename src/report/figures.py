@@ -6,6 +6,7 @@ Colours are roles (:class:`Palette`). On the page a colour is a CSS variable, so
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llamita.report.gather import Array, Kept, Model, Report, Role, restarts, series
+from llamita.report.gather import Array, Kept, Model, Report, Role
 from llamita.shapes import LlamaShape
 
 
@@ -277,7 +278,7 @@ def teacher_level(report: Report) -> float | None:
     if teacher is None or "bits_per_byte" not in teacher.values:
         return None
     level = teacher.values["bits_per_byte"].value
-    end = next((curve.values[-1] for curve in report.curves if curve.model is result), None)
+    end = next((float(curve.values[-1]) for curve in report.curves if curve.model is result), None)
     if end is None or result is None or "bits_per_byte" not in result.values:
         return level
     return level + end - result.values["bits_per_byte"].value
@@ -300,7 +301,7 @@ def recovery(report: Report) -> Sketch | None:
         for curve in sorted(report.curves, key=lambda c: c.model is report.result):
             colour = palette.of(curve.model, report.models)
             width, order = (2.6, 3) if curve in main else (1.8, 2)
-            axes.plot(curve.tokens, curve.values, color=colour, linewidth=width, zorder=order)
+            axes.plot(*thinned(curve.tokens, curve.values), color=colour, linewidth=width, zorder=order)
             axes.plot(curve.tokens[-1:], curve.values[-1:], "o", color=colour, markersize=6, zorder=4)
             ends.append((curve.values[-1], f"{clip(curve.model.name)}  {curve.values[-1]:.3f}", colour))
         if floor is not None and teacher is not None:
@@ -331,11 +332,11 @@ def recovery(report: Report) -> Sketch | None:
 def losses(report: Report) -> Sketch | None:
     """Training losses over tokens: cross-entropy, and divergence from the teacher where there is one."""
     panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence from the teacher")]
-    data: dict[str, list[tuple[Model, list[float], list[float]]]] = {}
+    data: dict[str, list[tuple[Model, Array, Array]]] = {}
     for key, _ in panels:
         for model in report.models:
             if model.stage is not None and model.role is not Role.teacher:
-                tokens, values = series(model.stage.metrics, key)
+                tokens, values = model.stage.metrics.series(key)
                 if len(values) > 1:
                     data.setdefault(key, []).append((model, tokens, values))
     panels = [(key, label) for key, label in panels if key in data]
@@ -350,10 +351,8 @@ def losses(report: Report) -> Sketch | None:
             for model, tokens, values in data[key]:
                 colour = palette.of(model, report.models)
                 models[clip(model.name)] = colour
-                axes.plot(tokens, values, color=colour, linewidth=0.8, alpha=0.3)
-                smooth = smoothed(values)
-                axes.plot(tokens, smooth, color=colour, linewidth=1.8)
-                tails += smooth[len(smooth) // 8 :]
+                smooth = _noisy(axes, tokens, values, colour)
+                tails += smooth[len(smooth) // 8 :].tolist()
             low, high = min(tails), max(tails)
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
             axes.set_xlim(left=0)
@@ -371,13 +370,32 @@ def losses(report: Report) -> Sketch | None:
     )
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def _noisy(axes: Axes, x: Array, values: Array, colour: str) -> Array:
+    """A faint line and the mean around it, which is returned."""
+    smooth = smoothed(values)
+    axes.plot(*thinned(x, values), color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(*thinned(x, smooth), color=colour, linewidth=1.8)
+    return smooth
+
+
+def thinned(x: Array, values: Array, stretches: int = 800) -> tuple[Array, Array]:
+    """The ends and the extremes of each stretch: a million points look no different, and weigh megabytes."""
+    if len(values) <= 4 * stretches:
+        return x, values
+    edges = np.linspace(0, len(values), stretches + 1).astype(int)
+    places = [(a, a + values[a:b].argmin(), a + values[a:b].argmax(), b - 1) for a, b in itertools.pairwise(edges)]
+    kept = np.unique(places)
+    return x[kept], values[kept]
+
+
+def smoothed(values: Array) -> Array:
     """Mean over a twentieth of the points around each; it does not lag behind."""
     reach = max(1, len(values) // 40)
-    total = np.cumsum([0.0, *values])
+    total = np.cumsum(np.r_[0.0, values])
     first = np.maximum(np.arange(len(values)) - reach, 0)
     last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    return [float(mean) for mean in (total[last] - total[first]) / (last - first)]
+    mean: Array = (total[last] - total[first]) / (last - first)
+    return mean
 
 
 COMPONENTS = ("embedding", "output head", "attention", "MLP", "norms")
@@ -614,9 +632,9 @@ def throughput(report: Report) -> Sketch | None:
     data = []
     for model in report.models:
         if model.stage is not None:
-            tokens, values = series(model.stage.metrics, "perf/tokens_per_s_per_gpu")
+            tokens, values = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
             if len(values) > 1:
-                data.append((model, tokens, values, restarts(model.stage.metrics)))
+                data.append((model, tokens, values, model.stage.metrics.restarts))
     if not data:
         return None
 
@@ -625,8 +643,7 @@ def throughput(report: Report) -> Sketch | None:
         handles = []
         for model, tokens, values, places in data:
             colour = palette.of(model, report.models)
-            axes.plot(tokens, values, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(tokens, smoothed(values), color=colour, linewidth=1.8)
+            _noisy(axes, tokens, values, colour)
             for place in places:
                 axes.axvline(place, color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
             handles.append(Line2D([], [], color=colour, label=clip(model.name)))

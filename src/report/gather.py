@@ -10,7 +10,8 @@ import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -50,6 +51,74 @@ class Parent:
         return {self.sha256} | ({str(Path(self.path).resolve())} if self.path else set())
 
 
+class Metrics:
+    """The numbers of ``metrics.jsonl`` that the page shows, by name.
+
+    They are kept as columns: a million rows as dictionaries would take gigabytes.
+    """
+
+    SHOWN = ("data/tokens", "perf/", "train/ce", "train/kd", "val/")
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        steps, starts = array("q"), array("q")
+        found: dict[str, tuple[array[int], array[float]]] = {}
+        for number, row in enumerate(rows):
+            steps.append(row["step"])
+            starts.append(row.get("restart", 0))
+            for name, value in row.items():
+                if name.startswith(self.SHOWN) and isinstance(value, int | float) and math.isfinite(value):
+                    if name not in found:
+                        found[name] = array("q"), array("d")
+                    found[name][0].append(number)
+                    found[name][1].append(value)
+        self.steps: Array = np.array(steps, dtype=np.int64)
+        self._starts: Array = np.array(starts, dtype=np.int64)
+        self._columns = {name: (np.array(at, dtype=np.int64), np.array(v)) for name, (at, v) in found.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """All that was logged."""
+        return list(self._columns)
+
+    def values(self, name: str) -> Array:
+        """What was logged under ``name``, in order."""
+        return self._column(name)[1]
+
+    def _column(self, name: str) -> tuple[Array, Array]:
+        return self._columns.get(name, (np.empty(0, dtype=np.int64), np.empty(0)))
+
+    def series(self, name: str) -> tuple[Array, Array]:
+        """Values of one metric over the tokens that the run had seen when it logged them.
+
+        Tokens may stand in another row of the same step; a value of a step without any is left out.
+        """
+        rows, values = self._column(name)
+        token_rows, tokens = self._column("data/tokens")
+        at = np.full(len(rows), math.nan)
+        at[self.steps[rows] == 0] = 0.0
+        # The last row of a step with tokens, and before all others the row itself.
+        steps, last = np.unique(self.steps[token_rows][::-1], return_index=True)
+        _look_up(at, self.steps[rows], steps, tokens[::-1][last])
+        _look_up(at, rows, token_rows, tokens)
+        known = np.isfinite(at)
+        return at[known], values[known]
+
+    @property
+    def restarts(self) -> list[float]:
+        """Tokens at which the run was started again."""
+        token_rows, tokens = self._column("data/tokens")
+        seen = np.searchsorted(token_rows, np.flatnonzero(np.diff(self._starts)), side="right")
+        return [float(tokens[count - 1]) if count else 0.0 for count in seen]
+
+
+def _look_up(into: Array, wanted: Array, keys: Array, values: Array) -> None:
+    """Put the value of each wanted key, where there is one, into its place; ``keys`` ascend."""
+    if keys.size:
+        places = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+        found = keys[places] == wanted
+        into[found] = values[places][found]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One directory that was given, under its display name."""
@@ -59,7 +128,7 @@ class Stage:
     recipe: str | None
     """``None`` for a model directory that no recipe wrote."""
     settings: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    metrics: Metrics
     done: dict[str, Any] | None
     """``None`` while the stage is not finished."""
     identity: dict[str, Any]
@@ -88,8 +157,8 @@ class Stage:
     @property
     def tokens(self) -> int | None:
         """Tokens that it was trained on."""
-        seen = [row["data/tokens"] for row in self.metrics if "data/tokens" in row]
-        return int(max(seen)) if seen else None
+        seen = self.metrics.values("data/tokens")
+        return int(seen.max()) if seen.size else None
 
     @property
     def restarts(self) -> int:
@@ -125,7 +194,7 @@ def read_stage(name: str, path: Path) -> Stage:
         path=path,
         recipe=saved.get("recipe"),
         settings=saved.get("settings") or {},
-        metrics=runs.read_metrics(path) if (path / "metrics.jsonl").is_file() else [],
+        metrics=Metrics(runs.metric_rows(path) if (path / "metrics.jsonl").is_file() else ()),
         done=done,
         identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
         provenance=_optional_json(path / checkpoints.PROVENANCE),
@@ -174,8 +243,8 @@ class Curve:
     """A held-out value of one model over the tokens that it was trained on."""
 
     model: Model
-    tokens: list[float]
-    values: list[float]
+    tokens: Array
+    values: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,18 +412,17 @@ def _last_values(stage: Stage) -> dict[str, Estimate]:
     name = _held_out_set(stage.metrics)
     values: dict[str, Estimate] = {}
     for ours, theirs in (("bits_per_byte", "bits_per_byte"), ("loss", "loss"), ("kl", "kd")):
-        logged = [row[key] for row in stage.metrics if (key := f"val/{name}/{theirs}") in row]
-        if logged:
+        logged = stage.metrics.values(f"val/{name}/{theirs}")
+        if logged.size:
             values[ours] = Estimate(float(logged[-1]))
     if "loss" in values:
         values["perplexity"] = Estimate(math.exp(values["loss"].value))
     return values
 
 
-def _held_out_set(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+def _held_out_set(metrics: Metrics) -> str | None:
     """The set that curves are drawn for: the first by name."""
-    names = {key.split("/")[1] for row in metrics for key in row if key.startswith("val/") and key.count("/") == 2}
-    return min(names, default=None)
+    return min((n.split("/")[1] for n in metrics.names if n.startswith("val/") and n.count("/") == 2), default=None)
 
 
 def _set_recovered(models: Sequence[Model]) -> None:
@@ -374,35 +442,11 @@ def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:
         if model.stage is None or model.role is Role.teacher:
             continue
         name = _held_out_set(model.stage.metrics)
-        tokens, values = series(model.stage.metrics, f"val/{name}/bits_per_byte")
+        tokens, values = model.stage.metrics.series(f"val/{name}/bits_per_byte")
         if len(values) > 1:
             curves.append(Curve(model=model, tokens=tokens, values=values))
             used = name
     return used, curves
-
-
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Values of one metric over the tokens that the run had seen when it logged them."""
-    seen = {row["step"]: row["data/tokens"] for row in metrics if "data/tokens" in row}
-    tokens, values = [], []
-    for row in metrics:
-        if key not in row or not isinstance(row[key], int | float):
-            continue
-        at = row.get("data/tokens", seen.get(row["step"], 0 if row["step"] == 0 else None))
-        if at is not None:
-            tokens.append(float(at))
-            values.append(float(row[key]))
-    return tokens, values
-
-
-def restarts(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Tokens at which a run was started again."""
-    places, previous, tokens = [], None, 0.0
-    for row in metrics:
-        if previous is not None and row["restart"] != previous:
-            places.append(tokens)
-        previous, tokens = row["restart"], float(row.get("data/tokens", tokens))
-    return places
 
 
 def read_kept(stage: Stage) -> Kept | None:
