@@ -397,6 +397,80 @@ def test_the_recovered_share_is_what_its_definition_says(whole: Any) -> None:
     assert share["ce only"] == pytest.approx((6.4 - 1.32) / (6.4 - 1.02))
 
 
+def evaluated(path: Path, models: dict[str, Any], *, rows: int = 128, values: bool = True) -> Path:
+    """The directory of an evaluation of those models, of tasks alone where no values are wanted."""
+    data = {"split": "validation", "rows": rows, "tokens": 1000 * rows, "utf8_bytes": 3000 * rows} if values else {}
+    models = {name: entry if values else entry | {"values": {}} for name, entry in models.items()}
+    found = {"data": data, "teacher": None, "models": models, "differences": []}
+    runs.write_json(stage(path, "evaluate") / "evaluation.json", found)
+    return path
+
+
+def test_an_evaluation_of_tasks_alone_takes_no_value_away(whole: Any, tmp_path: Path) -> None:
+    """Whichever of the two evaluations comes first."""
+    paths = whole[0]
+    tasks = evaluated(tmp_path / "tasks", {"distilled": entry(paths["distilled"], SMALL, 9.0, 9.0)}, values=False)
+    for order in ({**paths, "tasks": tasks}, {"tasks": tasks, **paths}):
+        report = gather.gather(order)
+        assert report.data["rows"] == 128
+        assert {m.name: m.values["bits_per_byte"].value for m in report.models}["distilled"] == 1.21
+
+
+def test_values_of_different_rows_are_never_compared(whole: Any, tmp_path: Path) -> None:
+    """Neither those of two evaluations, nor an evaluation's with what a run logged about its own rows."""
+    paths = whole[0]
+    other = evaluated(tmp_path / "other", {"distilled": entry(paths["distilled"], SMALL, 1.0, 0.1)}, rows=64)
+    with pytest.raises(ValueError, match=r"different held-out rows, 128 rows .* and 64 rows"):
+        gather.gather({**paths, "other": other})
+    alone = {name: path for name, path in paths.items() if name != "evaluation"} | {"other": other}
+    report = gather.gather(alone)
+    assert [model.name for model in report.models if model.values] == ["distilled"]
+    assert {curve.model.name for curve in report.curves} == {"distilled", "ce only", "random"}
+
+
+def test_an_evaluation_of_weights_that_were_since_replaced_is_not_taken_for_the_new_ones(
+    whole: Any, tmp_path: Path
+) -> None:
+    """Same name, same place, other content."""
+    old = entry(whole[0]["distilled"], SMALL, 1.0, 0.1) | {"sha256": "0" * 64}
+    report = gather.gather({"distilled": whole[0]["distilled"], "e": evaluated(tmp_path / "e", {"distilled": old})})
+    assert {m.name: bool(m.values) for m in report.models} == {"distilled": False, "distilled (as evaluated)": True}
+
+
+def test_content_counts_before_names(whole: Any, tmp_path: Path) -> None:
+    """Two directories whose names an evaluation had the other way round."""
+    found = {
+        "ce only": entry(whole[0]["distilled"], SMALL, 1.2, 0.3),
+        "distilled": entry(whole[0]["ce only"], SMALL, 1.3, 0.5),
+    }
+    names = ("distilled", "ce only")
+    report = gather.gather({n: whole[0][n] for n in names} | {"e": evaluated(tmp_path / "e", found)})
+    bits = {model.name: model.values["bits_per_byte"].value for model in report.models}
+    assert bits == {"distilled": 1.2, "ce only": 1.3}
+
+
+def test_two_prunings_each_have_their_own_recovery(whole: Any, tmp_path: Path) -> None:
+    """And a second distillation that goes on from the first still began with the pruned model."""
+    paths = {name: path for name, path in whole[0].items() if name in ("teacher", "pruned", "distilled")}
+    narrow = dataclasses.replace(SMALL, intermediate_size=128)
+    taught = {"teachers": {"large": {"path": str(paths["teacher"])}}}
+    pruned = stage(tmp_path / "narrow", "prune", shape=narrow, parents={"model": paths["teacher"]})
+    first, parent = pruned, {"large": paths["teacher"]}
+    for name in ("first", "second"):
+        first = stage(tmp_path / name, "distill", settings=taught, shape=narrow, parents={"student": first} | parent)
+    paths |= {"narrow": pruned, "first": tmp_path / "first", "second": tmp_path / "second"}
+    bits = {"teacher": 1.0, "pruned": 5.0, "distilled": 2.0, "narrow": 9.0, "first": 5.0, "second": 3.0}
+    found = {name: entry(path, SMALL, bits[name], 0.1) for name, path in paths.items()}
+    report = gather.gather(paths | {"e": evaluated(tmp_path / "e", found)})
+    assert {m.name: m.role for m in report.models if m.role is Role.distilled}.keys() == {
+        "distilled",
+        "first",
+        "second",
+    }
+    recovered = {model.name: model.recovered for model in report.models if model.recovered is not None}
+    assert recovered == pytest.approx({"distilled": 3 / 4, "first": 4 / 8, "second": 6 / 8})
+
+
 def test_the_verdict_gives_the_numbers(whole: Any) -> None:
     text = "".join(piece for piece, _ in page.verdict(whole[1]))
     for expected in (figures.short(BIG.num_parameters), "1.020", "6.400", "1.210", "96", "every baseline"):

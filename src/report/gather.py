@@ -229,6 +229,8 @@ class Model:
     values: dict[str, Estimate] = field(default_factory=dict)
     """``bits_per_byte``, ``perplexity``, ``kl``, ``top1_agree``, ``loss``."""
     tasks: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    start: Model | None = None
+    """The pruned model that it began as; for other weights of that shape, the one it competes with."""
     recovered: float | None = None
     """Share of the bits per byte lost by pruning that were won back."""
 
@@ -329,8 +331,24 @@ def gather(paths: Mapping[str, Path]) -> Report:
         curve_set=curve_set,
         kept=[kept for stage in stages if (kept := read_kept(stage)) is not None],
         differences=[entry for evaluation in evaluations for entry in evaluation.get("differences", [])],
-        data=evaluations[0].get("data", {}) if evaluations else {},
+        data=_rows_measured(evaluations),
     )
+
+
+def _rows_measured(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The held-out rows that every evaluation measured; evaluations of tasks alone have none.
+
+    Raises:
+        ValueError: they measured different rows, whose values must not stand in one table.
+    """
+    measured: list[dict[str, Any]] = [evaluation["data"] for evaluation in evaluations if evaluation.get("data")]
+    for data in measured[1:]:
+        if {**data, "path": None} != {**measured[0], "path": None}:
+            told = " and ".join(
+                f"{d.get('rows')} rows of {d.get('path')} ({d.get('split')})" for d in (measured[0], data)
+            )
+            raise ValueError(f"runs has evaluations of different held-out rows, {told}: make a report of each")
+    return measured[0] if measured else {}
 
 
 def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -> list[Model]:
@@ -342,21 +360,60 @@ def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -
             model = Model(name=stage.name, role=_role(stage, stages, teachers), shape=stage.shape, stage=stage)
             model.values = _last_values(stage)
             models.append(model)
+    measured: list[Model] = []
     for evaluation in evaluations:
         for name, entry in evaluation["models"].items():
-            keys = _entry_keys(entry)
-            found = next((m for m in models if m.stage and (m.stage.keys & keys or m.name == name)), None)
+            found = _measured_model(models, name, entry)
             if found is None:
-                found = Model(name=name, role=Role.teacher if keys & teachers else Role.other, shape=_shape(entry))
+                taken = any(model.name == name for model in models)
+                found = Model(name=f"{name} (as evaluated)" if taken else name, role=Role.other, shape=_shape(entry))
+                found.role = Role.teacher if _entry_keys(entry) & teachers else Role.other
                 models.append(found)
-            # One set of rows for all models beats what each saw while it was trained.
-            found.values = {key: Estimate(**value) for key, value in entry["values"].items()}
+            if entry["values"]:
+                found.values = {key: Estimate(**value) for key, value in entry["values"].items()}
+                measured.append(found)
             found.tasks |= {
                 task: {metric: Estimate(**value) for metric, value in scores.items()}
                 for task, scores in entry.get("tasks", {}).items()
             }
+    for model in models:
+        # What a run logged of rows of its own must not stand beside values of the evaluation's rows.
+        if measured and not any(model is other for other in measured):
+            model.values = {}
+    _set_starts(models, stages)
     order = list(Role)
     return sorted(models, key=lambda model: order.index(model.role))
+
+
+def _measured_model(models: Sequence[Model], name: str, entry: Mapping[str, Any]) -> Model | None:
+    """Which model an evaluation means: by content; only where a model's content is unknown, by place or name."""
+    same = [m for m in models if m.stage and m.stage.sha256 == entry["sha256"]]
+    if not same:
+        unknown = [m for m in models if m.stage is None or m.stage.sha256 is None]
+        place = {str(Path(entry["path"]).resolve())} if entry.get("path") else set()
+        same = [m for m in unknown if (m.stage and m.stage.keys & place)] or [m for m in unknown if m.name == name]
+    return next((m for m in same if m.name == name), same[0] if same else None)
+
+
+def _set_starts(models: Sequence[Model], stages: Sequence[Stage]) -> None:
+    pruned = [model for model in models if model.role is Role.pruned]
+    for model in models:
+        if model.role not in (Role.distilled, Role.baseline) or model.stage is None:
+            continue
+        origin = _origin(model.stage, stages)
+        own = [p for p in pruned if p.stage is origin] if origin else [p for p in pruned if p.shape == model.shape]
+        model.start = own[0] if own else pruned[0] if len(pruned) == 1 else None
+
+
+def _origin(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
+    """The pruning that a training run began with, other training runs between them or not."""
+    for _ in stages:
+        keys = _student_keys(stage)
+        parent = next((other for other in stages if other is not stage and other.keys & keys), None)
+        if parent is None or parent.recipe == "prune":
+            return parent
+        stage = parent
+    return None
 
 
 def _entry_keys(entry: Mapping[str, Any]) -> set[str]:
@@ -388,8 +445,8 @@ def _role(stage: Stage, stages: Sequence[Stage], teachers: set[str]) -> Role:
         case "prune":
             return Role.pruned
         case "distill":
-            pruned = {key for other in stages if other.recipe == "prune" for key in other.keys}
-            from_pruned = not pruned or bool(_student_keys(stage) & pruned)
+            pruned = any(other.recipe == "prune" for other in stages)
+            from_pruned = not pruned or _origin(stage, stages) is not None
             if from_pruned and stage.settings.get("teachers"):
                 return Role.distilled
             compared = pruned or any(other.settings.get("teachers") for other in stages)
@@ -427,12 +484,10 @@ def _held_out_set(metrics: Metrics) -> str | None:
 
 def _set_recovered(models: Sequence[Model]) -> None:
     """Recovered share of the loss: (pruned - model) / (pruned - teacher) in bits per byte."""
-    ends = {role: _bits(model) for model in models for role in (Role.teacher, Role.pruned) if model.role is role}
-    if len(ends) < 2 or not all(map(math.isfinite, ends.values())) or ends[Role.pruned] <= ends[Role.teacher]:
-        return
+    floor = next((_bits(model) for model in models if model.role is Role.teacher), math.inf)
     for model in models:
-        if model.role in (Role.distilled, Role.baseline) and math.isfinite(_bits(model)):
-            model.recovered = (ends[Role.pruned] - _bits(model)) / (ends[Role.pruned] - ends[Role.teacher])
+        if model.start is not None and math.isfinite(_bits(model)) and floor < _bits(model.start) < math.inf:
+            model.recovered = (_bits(model.start) - _bits(model)) / (_bits(model.start) - floor)
 
 
 def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:

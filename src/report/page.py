@@ -148,7 +148,8 @@ def _title(report: Report) -> str:
 
 def verdict(report: Report) -> list[tuple[str, bool]]:
     """The story in sentences, as pieces of text that are or are not emphasised."""
-    teacher, pruned, result = report.first(Role.teacher), report.first(Role.pruned), report.result
+    teacher, result = report.first(Role.teacher), report.result
+    pruned = (result and result.start) or report.first(Role.pruned)
     pieces: list[tuple[str, bool]] = []
 
     def say(*parts: str) -> None:
@@ -161,8 +162,8 @@ def verdict(report: Report) -> list[tuple[str, bool]]:
             f"{figures.short(after)}",
             f", {figures.percent(after / before)} of them. ",
         )
-    bits = {role: model.values.get("bits_per_byte") for role in Role if (model := report.first(role)) is not None}
-    if (start := bits.get(Role.pruned)) and (floor := bits.get(Role.teacher)):
+    start, floor = (model.values.get("bits_per_byte") if model else None for model in (pruned, teacher))
+    if start and floor:
         say("It cost quality: bits per byte on held-out text went from ", f"{floor.value:.3f}")
         say(" to ", f"{start.value:.3f}", ". ")
     if result and result.role is Role.distilled and (end := result.values.get("bits_per_byte")):
@@ -201,7 +202,8 @@ class Tile:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    teacher, pruned, result = report.first(Role.teacher), report.first(Role.pruned), report.result
+    teacher, result = report.first(Role.teacher), report.result
+    pruned = (result and result.start) or report.first(Role.pruned)
     tiles = []
     if result is None:
         return []
