@@ -7,11 +7,12 @@ python recipes/evaluate.py models.pruned.path=pruned models.distilled.path=disti
 from __future__ import annotations
 
 from _main import CONFIGS, exit_with, settings, store  # isort: skip
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import torch
@@ -23,6 +24,7 @@ from transformers import LlamaForCausalLM
 from llamita import checkpoints, evaluate, runs
 from llamita.data import loader, shards
 
+T = TypeVar("T")
 FILE = "evaluation.json"
 TASKS = Path(__file__).resolve().parent.parent / "tasks"
 
@@ -106,11 +108,22 @@ class Rows:
         self.token_bytes = evaluate.token_bytes(checkpoints.load_tokenizer(path / "tokenizer"))
         for name, weights in models.items():
             size, wanted = weights.shape.vocab_size, self.data.vocab_size
+            length, reach = self.data.sequence_length, weights.config.max_position_embeddings
+            if length > reach:
+                raise ValueError(
+                    f"{name}={weights.path} reads {reach} positions, data.path={path} has rows of {length}"
+                )
             if size < wanted:
                 raise ValueError(f"{name}={weights.path} has {size} token ids, data.path={path} {wanted}")
             has = (weights.path / "tokenizer.json").is_file()
             if has and checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != self.data.tokenizer_hash:
                 raise ValueError(f"{name}={weights.path} has another tokenizer than data.path={path}: prepare it anew")
+
+    @property
+    def num_batches(self) -> int:
+        """This rank's share of them, at most."""
+        rows = min(len(self.split), self.config.max_rows or len(self.split))
+        return max(1, -(-rows // (self.config.batch_rows * PartialState().num_processes)))
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the batches."""
@@ -119,14 +132,24 @@ class Rows:
         return itertools.islice(batches, state.process_index, None, state.num_processes)
 
 
+def counted(batches: Iterator[T], told: Callable[[int], None], done: int) -> Iterator[T]:
+    """The batches; ``told`` hears how many of the evaluation's are done after each."""
+    for number, batch in enumerate(batches, done + 1):
+        yield batch
+        told(number)
+
+
 def check(config: Evaluate) -> tuple[dict[str, checkpoints.Weights], Rows | None]:
     """Open models and rows, and find every mistake that can be found without running a model."""
     models = {name: checkpoints.Weights(path) for name, path in config.paths().items()}
     sizes = {name: weights.shape.vocab_size for name, weights in models.items()}
-    if "teacher" in models and len(set(sizes.values())) > 1:
+    if config.data.path is not None and "teacher" in models and len(set(sizes.values())) > 1:
         raise ValueError(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
+    for name, weights in models.items():
+        if checkpoints.is_classifier(weights.config):
+            raise ValueError(f"{name}={weights.path} is a token classifier, not a language model")
     if config.tasks:
-        evaluate.task_manager(config.tasks, config.task_path)
+        evaluate.check_tasks(config.tasks, config.task_path)
         if without := [name for name, w in models.items() if not (w.path / "tokenizer.json").is_file()]:
             raise ValueError(f"tasks need the tokenizer of {without[0]}, whose directory has no tokenizer.json")
     return models, None if config.data.path is None else Rows(config.data, config.data.path, models)
@@ -152,14 +175,17 @@ def run(config: Evaluate) -> None:
         teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
         sums: dict[str, evaluate.RowSums] = {}
         models: dict[str, Any] = {}
-        with runs.Progress("evaluate", len(weights)) as progress:
+        steps = rows.num_batches if rows is not None else 1
+        with runs.Progress("evaluate", steps * len(weights)) as progress:
             for index, (name, stored) in enumerate(weights.items()):
+                progress.update(index * steps, name)
                 itself = teacher if name == "teacher" else None
                 model = itself or load(stored.path, config)
                 values: dict[str, evaluate.Estimate] = {}
                 tasks: dict[str, dict[str, evaluate.Estimate]] = {}
                 if rows is not None:
-                    batches, other = run.until_stopped(rows.batches()), None if itself else teacher
+                    other, told = None if itself else teacher, functools.partial(progress.update, note=name)
+                    batches = run.until_stopped(counted(rows.batches(), told, index * steps))
                     sums[name] = evaluate.measure(model, batches, rows.token_bytes, teacher=other)
                     values = evaluate.summary(sums[name])
                 if config.tasks:
@@ -169,7 +195,7 @@ def run(config: Evaluate) -> None:
                 models[name] = {"path": stored.path, "sha256": sha256, "shape": stored.shape, "values": values}
                 models[name]["tasks"] = tasks
                 run.log({"model": name, **evaluate.metrics(config.data.split, values, tasks)}, step=index)
-                progress.update(index + 1, name)
+                del model  # before the next one is loaded: beside the teacher there is room for one
         if runs.is_main_process():
             publish(config, run, rows, models, sums)
 
