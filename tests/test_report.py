@@ -295,6 +295,28 @@ def test_the_page_asks_for_nothing_and_runs_nothing(whole: Any) -> None:
     assert "default-src 'none'" in text
 
 
+def test_numbers_on_an_axis_of_many_decades_are_words_and_few(tmp_path: Path) -> None:
+    path = stage(tmp_path / "pruned", "prune", shape=SMALL)
+    write_plan(path, BIG, SMALL)
+    kept = gather.gather({"pruned": path}).kept[0]
+    spread = kept.mlp_scores * np.logspace(-3, 4, BIG.num_hidden_layers)[:, None]
+    sketch = figures.mlp(dataclasses.replace(kept, mlp_scores=spread))
+    assert sketch is not None
+    figure = sketch.draw(figures.LIGHT)
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0.01", "1", "100", "1k"} <= set(labels)
+    assert len(labels) <= 15
+    assert not [label for label in labels if "e" in label]
+
+
+def test_a_keyboard_reaches_what_scrolls_and_every_column_has_a_scope(whole: Any) -> None:
+    scrolling = re.findall(r'<div class="(?:scroll|card)"[^>]*>(?=\s*<(?:svg|table))', whole[3])
+    assert len(scrolling) >= len(PICTURES)
+    assert all('tabindex="0"' in element and "aria-label=" in element for element in scrolling)
+    assert "<th>" not in whole[3]
+
+
 def test_identifiers_are_unique_and_references_lead_somewhere(whole: Any) -> None:
     reader = Reader(whole[3])
     assert len(reader.ids) == len(set(reader.ids))

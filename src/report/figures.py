@@ -219,7 +219,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def _tick(value: float, _: Any = None) -> str:
-    return re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
+    return "0" if value == 0 else re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
 
 
 def _count_axis(axes: Axes, label: str) -> None:
@@ -236,8 +236,10 @@ def _log_axis(axes: Axes, label: str) -> None:
         axes.set_ylim(bottom=0)
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    # Three ticks a decade crowd where there are many decades.
+    subs = (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0, 3.0) if high < 1e4 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -331,7 +333,7 @@ def recovery(report: Report) -> Sketch | None:
 
 def losses(report: Report) -> Sketch | None:
     """Training losses over tokens: cross-entropy, and divergence from the teacher where there is one."""
-    panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence from the teacher")]
+    panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence")]
     data: dict[str, list[tuple[Model, Array, Array]]] = {}
     for key, _ in panels:
         for model in report.models:
@@ -365,7 +367,8 @@ def losses(report: Report) -> Sketch | None:
     return Sketch(
         name="losses",
         title="Training losses",
-        caption="Each logged step, and the mean around it, over training tokens.",
+        caption="Cross-entropy with the text, and divergence from the teacher: each logged step and the mean around "
+        "it, over training tokens.",
         draw=draw,
     )
 
@@ -430,7 +433,7 @@ def parameters(before: LlamaShape, after: LlamaShape, names: tuple[str, str]) ->
                 if size > 0.062 * total:
                     ink = palette.card if tints[component] > 0.7 else palette.ink
                     text = "\n".join([*component.split(), short(size)])
-                    axes.text(left + size / 2, row, text, ha="center", va="center", color=ink, fontsize=9)
+                    axes.text(left + size / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
                 left += size
             axes.text(left + 0.008 * total, row, short(left), va="center", fontweight="bold", color=palette.ink)
         axes.set_yticks([0, 1], [clip(name, 18) for name in names])
@@ -492,7 +495,7 @@ def heads(kept: Kept) -> Sketch:
     return Sketch(
         name=f"heads-{_slug(kept.name)}",
         title="Attention heads",
-        caption=f"{share} of {kept.heads.size} query heads are kept; {cut_layers} of {num_layers} layers were cut "
+        caption=f"{share:,} of {kept.heads.size:,} query heads are kept; {cut_layers} of {num_layers} layers were cut "
         + "whole. "
         + ("Stronger colour: more important. " if kept.head_scores is not None else "")
         + "Small grey squares were cut.",
@@ -578,7 +581,7 @@ def hidden(kept: Kept) -> Sketch | None:
     values = np.maximum(values, values[values > 0].min(initial=1e-12))
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(560, 270)
+        figure, axes = _figure(450, 250)
         axes.set_ylim(values.min() * 0.8, values.max() * 1.1)
         axes.set_xlim(0, len(values) - 1)
         _log_axis(axes, f"importance ({kept.kinds.get('hidden', '')})")
@@ -591,6 +594,7 @@ def hidden(kept: Kept) -> Sketch | None:
                 inside = np.unique(np.r_[first, places[(places >= first) & (places < end)], end])
                 axes.fill_between(inside, bottom, values[inside], color=colour, alpha=0.3, linewidth=0)
                 axes.plot(inside, values[inside], color=colour, linewidth=1.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("channel, by falling importance")
         handles = [Patch(color=palette.distilled, label="kept"), Patch(color=palette.pruned, label="cut")]
         axes.legend(handles=handles, loc="upper right")
@@ -608,7 +612,7 @@ def layers(kept: Kept) -> Sketch | None:
     scores = kept.layer_scores
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(560, 270)
+        figure, axes = _figure(450, 250)
         colours = [palette.distilled if stays else palette.cut for stays in kept.layers]
         axes.bar(np.arange(len(scores)), scores, color=colours, width=0.72)
         axes.xaxis.set_major_locator(MaxNLocator(min(16, len(scores)), integer=True))
