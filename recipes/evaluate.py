@@ -88,6 +88,14 @@ class Evaluate:
             raise ValueError("nothing to measure: set data.path=, tasks=, or both")
         if self.dtype is not None:
             checkpoints.dtype_named(self.dtype)
+        if self.device != "auto":
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"device must be auto, cpu or a GPU of this machine, got {self.device!r}: {reason}"
+                ) from error
 
     def paths(self) -> dict[str, Path]:
         """Every model to measure by its name, the teacher first."""
@@ -123,7 +131,8 @@ class Rows:
     def num_batches(self) -> int:
         """This rank's share of them, at most."""
         rows = min(len(self.split), self.config.max_rows or len(self.split))
-        return max(1, -(-rows // (self.config.batch_rows * PartialState().num_processes)))
+        at_a_time = self.config.batch_rows * int(PartialState().num_processes)
+        return max(1, -(-rows // at_a_time))
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the batches."""

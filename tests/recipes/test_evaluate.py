@@ -248,6 +248,8 @@ def test_tasks_alone_need_no_data(
         ({"model": None}, r"either model\.path="),
         ({"data": None}, "nothing to measure"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "gpu"}, "device must be auto, cpu or a GPU of this machine, got 'gpu'"),
+        ({"device": "cuda:99"}, "device must be auto, cpu or a GPU of this machine, got 'cuda:99'"),
         ({"batch_rows": 0}, r"data\.batch_rows must be at least 1, got 0"),
         ({"max_rows": 0}, r"data\.max_rows must be at least 1, got 0"),
     ],
@@ -267,6 +269,7 @@ def test_what_cannot_be_meant_is_refused(
                 max_rows=change.get("max_rows"),
             ),
             dtype=change.get("dtype"),
+            device=change.get("device", "auto"),
             out=tmp_path / "out",
         )
 
