@@ -109,9 +109,7 @@ class World:
         """The hash of a directory's tokenizer, where it has or will have one that can be read."""
         if (place := _normal(path)) in self.made:
             return self.tokenizers.get(place)
-        if not (path / "tokenizer.json").is_file() or _tokenizer("", path):
-            return None
-        return checkpoints.tokenizer_hash(checkpoints.load_tokenizer(path))
+        return None if _tokenizer("", path) else checkpoints.tokenizer_of(path)
 
 
 def _normal(path: Path) -> Path:
@@ -388,15 +386,8 @@ def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: R
     """Whether the data's ids mean the same to the model."""
     if rows is None:
         return []
-    if rows.vocab_size > shape.vocab_size:
-        return [f"{data} has {rows.vocab_size} token ids, {setting}={path} only {shape.vocab_size}"]
-    mine = world.tokenizer(path)
-    if rows.tokenizer_hash is None or mine is None or mine == rows.tokenizer_hash:
-        return []
-    return [
-        f"{data} was made with another tokenizer ({rows.tokenizer_hash[:12]}) than that of {setting}={path} "
-        f"({mine[:12]}): prepare the data again with tokenizer.path={path}"
-    ]
+    model, made_with = f"{setting}={path}", rows.tokenizer_hash
+    return checks.same_tokens(model, shape.vocab_size, world.tokenizer(path), data, rows.vocab_size, made_with)
 
 
 def _distill(config: Any, world: World, outlook: Outlook) -> None:

@@ -7,7 +7,7 @@ python recipes/evaluate.py models.pruned.path=pruned models.distilled.path=disti
 from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
-import itertools
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from omegaconf import MISSING
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, evaluate, runs
+from llamita import checkpoints, checks, evaluate, runs
 from llamita.data import loader, shards
 from llamita.progress import Progress
 
@@ -86,6 +86,7 @@ class Evaluate:
             raise ValueError("nothing to measure: set data.path=, tasks=, or both")
         if self.dtype is not None:
             checkpoints.dtype_named(self.dtype)
+        checks.refuse(checks.device_name("device", self.device))
 
     def paths(self) -> dict[str, Path]:
         """Every model to measure by its name, the teacher first."""
@@ -105,28 +106,39 @@ class Rows:
         self.split = self.data.split(config.split)
         self.token_bytes = evaluate.token_bytes(checkpoints.load_tokenizer(path / "tokenizer"))
         for name, weights in models.items():
-            size, wanted = weights.shape.vocab_size, self.data.vocab_size
-            if size < wanted:
-                raise ValueError(f"{name}={weights.path} has {size} token ids, data.path={path} {wanted}")
-            has = (weights.path / "tokenizer.json").is_file()
-            if has and checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != self.data.tokenizer_hash:
-                raise ValueError(f"{name}={weights.path} has another tokenizer than data.path={path}: prepare it anew")
+            model, tokenizer = f"{name}={weights.path}", checkpoints.tokenizer_of(weights.path)
+            read, written = (weights.shape.vocab_size, tokenizer), (self.data.vocab_size, self.data.tokenizer_hash)
+            checks.refuse(
+                checks.same_tokens(model, *read, f"data.path={path}", *written)
+                + checks.positions(self.data.sequence_length, model, weights.config.max_position_embeddings)
+            )
+
+    @property
+    def num_batches(self) -> int:
+        """This rank's share of them, at most."""
+        rows = min(len(self.split), self.config.max_rows or len(self.split))
+        at_a_time = self.config.batch_rows * int(PartialState().num_processes)
+        return max(1, -(-rows // at_a_time))
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the batches."""
-        state = PartialState()
-        batches = loader.sequential(self.split, batch_rows=self.config.batch_rows, max_rows=self.config.max_rows)
-        return itertools.islice(batches, state.process_index, None, state.num_processes)
+        state, config = PartialState(), self.config
+        share = {"rank": state.process_index, "world_size": state.num_processes}
+        return loader.sequential(self.split, batch_rows=config.batch_rows, max_rows=config.max_rows, **share)
 
 
 def check(config: Evaluate) -> tuple[dict[str, checkpoints.Weights], Rows | None]:
     """Open models and rows, and find every mistake that can be found without running a model."""
+    checks.refuse(checks.device_here("device", config.device))
     models = {name: checkpoints.Weights(path) for name, path in config.paths().items()}
     sizes = {name: weights.shape.vocab_size for name, weights in models.items()}
-    if "teacher" in models and len(set(sizes.values())) > 1:
+    if config.data.path is not None and "teacher" in models and len(set(sizes.values())) > 1:
         raise ValueError(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
+    for name, weights in models.items():
+        if checkpoints.is_classifier(weights.config):
+            raise ValueError(f"{name}={weights.path} is a token classifier, not a language model")
     if config.tasks:
-        evaluate.task_manager(config.tasks, config.task_path)
+        evaluate.check_tasks(config.tasks, config.task_path)
         if without := [name for name, w in models.items() if not (w.path / "tokenizer.json").is_file()]:
             raise ValueError(f"tasks need the tokenizer of {without[0]}, whose directory has no tokenizer.json")
     return models, None if config.data.path is None else Rows(config.data, config.data.path, models)
@@ -152,14 +164,17 @@ def run(config: Evaluate) -> None:
         teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
         sums: dict[str, evaluate.RowSums] = {}
         models: dict[str, Any] = {}
-        with Progress("evaluate", len(weights)) as progress:
+        steps = rows.num_batches if rows is not None else 1
+        with Progress("evaluate", steps * len(weights)) as progress:
             for index, (name, stored) in enumerate(weights.items()):
+                progress.update(index * steps, name)
                 itself = teacher if name == "teacher" else None
                 model = itself or load(stored.path, config)
                 values: dict[str, evaluate.Estimate] = {}
                 tasks: dict[str, dict[str, evaluate.Estimate]] = {}
                 if rows is not None:
-                    batches, other = run.until_stopped(rows.batches()), None if itself else teacher
+                    batches = run.until_stopped(progress.count(rows.batches(), note=name))
+                    other = None if itself else teacher
                     sums[name] = evaluate.measure(model, batches, rows.token_bytes, teacher=other)
                     values = evaluate.summary(sums[name])
                 if config.tasks:
@@ -169,7 +184,7 @@ def run(config: Evaluate) -> None:
                 models[name] = {"path": stored.path, "sha256": sha256, "shape": stored.shape, "values": values}
                 models[name]["tasks"] = tasks
                 run.log({"model": name, **evaluate.metrics(config.data.split, values, tasks)}, step=index)
-                progress.update(index + 1, name)
+                del model  # before the next one is loaded: beside the teacher there is room for one
         if runs.is_main_process():
             publish(config, run, rows, models, sums)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
 import logging
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, checks, runs
 from llamita.data import loader, shards, tokens
 from llamita.progress import Progress
 from llamita.prune import importance, plan, surgery
@@ -55,8 +54,7 @@ class CalibrationConfig:
                 raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype is not None:
             checkpoints.dtype_named(self.dtype)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"calibration.device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        checks.refuse(checks.device_name("calibration.device", self.device))
 
 
 @dataclass(kw_only=True)
@@ -77,11 +75,11 @@ store("prune_schema", Prune)
 def run(config: Prune) -> None:
     """Score the units of the model, choose those that stay, write the smaller model."""
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
+        checks.refuse(checks.device_here("calibration.device", config.calibration.device))
         model = checkpoints.Weights(config.model.path)
         shape, rope = plan.target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         plan.check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
-        how(config.calibration, model)
     with runs.start(config.out, "prune", runs.plain(config), config.run) as run:
         if run.done or not runs.is_main_process():
             return
@@ -121,16 +119,11 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     if config.path is None:
         return [], {}
     data = shards.PackedData.open(config.path)
-    if data.vocab_size > weights.shape.vocab_size:
-        sizes = f"{data.vocab_size} token ids, model.path={weights.path} has {weights.shape.vocab_size}"
-        raise ValueError(f"calibration.path={config.path} has {sizes}")
-    if not (weights.path / "tokenizer.json").is_file():
+    where, tokenizer = f"calibration.path={config.path}", checkpoints.tokenizer_of(weights.path)
+    if tokenizer is None:
         log.warning("model.path=%s has no tokenizer: that of calibration.path is taken to be its own", weights.path)
-    elif checkpoints.tokenizer_hash(checkpoints.load_tokenizer(weights.path)) != data.tokenizer_hash:
-        raise ValueError(
-            f"calibration.path={config.path} was made with another tokenizer than that of model.path="
-            f"{weights.path}: prepare the data with tokenizer.path={weights.path}"
-        )
+    model, size = f"model.path={weights.path}", weights.shape.vocab_size
+    checks.refuse(checks.same_tokens(model, size, tokenizer, where, data.vocab_size, data.tokenizer_hash))
     split = data.split(config.split)
     columns, most = min(config.tokens, data.sequence_length), weights.config.max_position_embeddings
     if columns > most:
@@ -147,16 +140,9 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
 
 
 def how(config: CalibrationConfig, model: importance.Model) -> dict[str, Any]:
-    """Arguments of a forward pass: its dtype and its device.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """Arguments of a forward pass: its dtype and its device."""
     dtype = checkpoints.dtype_named(config.dtype) if config.dtype else model.dtype
-    gpus = torch.cuda.device_count()
-    device = torch.device(config.device if config.device != "auto" else "cuda" if gpus else "cpu")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"calibration.device={config.device}, but torch {torch.__version__} sees {gpus} GPUs here")
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return {"dtype": dtype, "device": device}
 
 

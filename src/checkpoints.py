@@ -262,6 +262,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tokenizer_of(path: Path) -> str | None:
+    """:func:`tokenizer_hash` of a model directory, ``None`` where it has no tokenizer."""
+    return tokenizer_hash(load_tokenizer(path)) if (path / "tokenizer.json").is_file() else None
+
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

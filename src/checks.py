@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llamita import checkpoints, runs
 from llamita.shapes import PUBLISHED, LlamaShape
 
@@ -25,6 +27,12 @@ def errors_of(action: Callable[[], Any]) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error).strip()]
     return []
+
+
+def refuse(mistakes: list[str]) -> None:
+    """Raise ``ValueError`` with all mistakes, if there are any."""
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
 
 
 def names(mapping: Mapping[str, str]) -> list[str]:
@@ -105,6 +113,38 @@ def division(rows: int, micro_batch_rows: int, processes: int) -> list[str]:
         f"global_batch_rows must be a multiple of micro_batch_rows={micro_batch_rows} times processes={processes}: "
         f"nearest are {' and '.join(map(str, nearest))}, got {rows}"
     ]
+
+
+def same_tokens(
+    model: str, vocab_size: int, tokenizer: str | None, data: str, data_vocab_size: int, data_tokenizer: str | None
+) -> list[str]:
+    """Data whose ids mean something else to a model, or nothing; a tokenizer is its hash, ``None`` if not known.
+
+    ``model`` and ``data`` are settings with their values, as in ``model.path=small``.
+    """
+    if data_vocab_size > vocab_size:
+        return [f"{data} has {data_vocab_size} token ids, {model} only {vocab_size}"]
+    if tokenizer is None or data_tokenizer is None or tokenizer == data_tokenizer:
+        return []
+    return [
+        f"{data} was made with another tokenizer ({data_tokenizer[:12]}) than that of {model} ({tokenizer[:12]}): "
+        f"prepare the data again with tokenizer.path={model.partition('=')[2]}"
+    ]
+
+
+def device_name(setting: str, name: str) -> list[str]:
+    """What is not the name of a device, whether or not this machine has it."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        return []
+    return [f"{setting} must be auto, cpu, cuda or cuda:N, got {name!r}"]
+
+
+def device_here(setting: str, name: str) -> list[str]:
+    """A GPU that this machine does not have."""
+    gpus = torch.cuda.device_count()
+    if not name.startswith("cuda") or int(name.partition(":")[2] or 0) < gpus:
+        return []
+    return [f"{setting}={name}, but torch {torch.__version__} sees {gpus} GPUs here"]
 
 
 def positions(sequence_length: int, owner: str, most: int) -> list[str]:

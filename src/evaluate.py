@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Rank 0 alone hashes the models; the others wait for it."""
 IGNORE = -100
+LARGEST_LOSS = 700.0
+"""Nats per token of which the exponential is still a number; a worse model has the perplexity of this one."""
 CHUNK_VALUES = 2**26
 """Logits that exist at a time for each model: 256 MiB in float32."""
 
@@ -215,9 +217,17 @@ def summary(rows: RowSums) -> dict[str, Estimate]:
 
     Bits per byte do not depend on the tokenizer: Σ nll / (ln 2 · UTF-8 bytes of the supervised tokens) (Gao et al.,
     2020, arXiv:2101.00027, section 3.1).
+
+    Raises:
+        ValueError: the loss is not a finite number.
     """
     loss = ratio(rows.nll, rows.tokens)
-    perplexity = math.exp(loss.value)
+    if not math.isfinite(loss.value):
+        raise ValueError(
+            f"the model's loss is {loss.value}: its weights are not finite, or too large for their dtype; "
+            "float16 is too narrow for most Llamas, dtype=bfloat16 and dtype=float32 are not"
+        )
+    perplexity = math.exp(min(loss.value, LARGEST_LOSS))
     values = {
         "loss": loss,
         "perplexity": Estimate(perplexity, None if loss.stderr is None else perplexity * loss.stderr),
@@ -311,6 +321,22 @@ def task_manager(names: Sequence[str], task_path: Path | None) -> Any:
     return manager
 
 
+def check_tasks(names: Sequence[str], task_path: Path | None) -> None:
+    """Open the data of all tasks, so that what is missing is known before hours of work.
+
+    Raises:
+        ValueError: as :func:`task_manager`; or the data of a task is not on this machine.
+    """
+    manager = task_manager(names, task_path)
+    try:
+        manager.load(list(names))
+    except OSError as error:
+        raise ValueError(
+            f"the data of tasks={list(names)} is not on this machine ({error}); "
+            "fetch it once with HF_HUB_OFFLINE=0, or give local files with task_path="
+        ) from error
+
+
 def _root_data_files(entry: Any, task_path: Path | None) -> None:
     """Let ``data_files`` of a local task be relative to its YAML file: lm-eval would look in the working directory.
 
@@ -350,35 +376,30 @@ def run_tasks(
     Examples are split over the ranks of the launch; every rank must call, rank 0 alone gets scores.
 
     Raises:
-        ValueError: as :func:`task_manager`; or the data of a task is not on this machine.
+        ValueError: as :func:`task_manager`.
     """
     manager = task_manager(names, task_path)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
+    # Log-probabilities of long answers in 16 bits would have two or three digits, and answers would tie.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, softmax_dtype=torch.float32)
     _spread(lm)
-    try:
-        results = simple_evaluate(
-            model=lm,
-            tasks=list(names),
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            task_manager=manager,
-            # Answers are kept in no cache: lm-eval's is a pickle.
-            use_cache=None,
-            log_samples=False,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"the data of tasks={list(names)} is not on this machine ({error}); "
-            "fetch it once with HF_HUB_OFFLINE=0, or give local files with task_path="
-        ) from error
+    results = simple_evaluate(
+        model=lm,
+        tasks=list(names),
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        task_manager=manager,
+        # Answers are kept in no cache: lm-eval's is a pickle.
+        use_cache=None,
+        log_samples=False,
+        bootstrap_iters=1000,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
     return {} if results is None else {task: _scores(values) for task, values in results["results"].items()}
 
 

@@ -6,10 +6,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from llamita import runs
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -48,6 +51,12 @@ class Progress:
             self._bar.update(self._task, completed=completed, note=note)
         elif time.monotonic() - self._said >= (0.5 if self._file else self._every):
             self._say(note)
+
+    def count(self, items: Iterable[T], *, note: str = "") -> Iterator[T]:
+        """The items; each is done when the next one is asked for."""
+        for number, item in enumerate(items, self._completed + 1):
+            yield item
+            self.update(number, note)
 
     def _say(self, note: str) -> None:
         self._said = time.monotonic()

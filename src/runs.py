@@ -586,27 +586,40 @@ def _log_to_file(path: Path) -> logging.FileHandler:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's ``metrics.jsonl``, each step's metric once.
+    """All of :func:`metric_rows`."""
+    return list(metric_rows(path))
+
+
+def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``, each step's metric once, one at a time: a long run has a million.
 
     A run that died after logging and before saving repeats steps after its restart: the rows that a later restart
-    supersedes are left out. So is a last line without an end, which a run at work is writing.
+    supersedes are left out. So is a last line that is still being written, or that a crash left half written.
 
     Raises:
-        ValueError: a whole line is damaged.
+        ValueError: a line is damaged.
     """
-    file = path / "metrics.jsonl"
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {file} is damaged: {error}") from error
-    kept: list[dict[str, Any]] = []
     earliest: dict[int, int] = {}
-    for row in rows:
-        restart = row["restart"]
-        earliest[restart] = min(earliest.get(restart, row["step"]), row["step"])
-    for row in rows:
-        if all(row["step"] < step for restart, step in earliest.items() if restart > row["restart"]):
-            kept.append(row)
-    return kept
+    for row in _all_rows(path / "metrics.jsonl"):
+        earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
+    superseded_from: dict[int, float] = {}
+    first = float("inf")
+    for restart in sorted(earliest, reverse=True):
+        superseded_from[restart] = first
+        first = min(first, earliest[restart])
+    for row in _all_rows(path / "metrics.jsonl"):
+        # A restart that began to write since the first pass supersedes what is read next time.
+        if row["step"] < superseded_from.get(row["restart"], float("inf")):
+            yield row
+
+
+def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+                yield {"step": row["step"], "restart": row["restart"], **row}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}, is not a row of metrics: {error!r}") from error

@@ -269,6 +269,20 @@ def test_without_lm_eval_the_error_names_what_to_install(monkeypatch: pytest.Mon
         evaluate.task_manager(["piqa"], None)
 
 
+@pytest.mark.parametrize("nll", [math.nan, math.inf])
+def test_a_model_whose_loss_is_no_number_is_an_error_and_not_a_result(nll: float) -> None:
+    ones = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"loss is (nan|inf).*float16"):
+        evaluate.summary(evaluate.RowSums(tokens=ones, utf8_bytes=ones, nll=ones * nll))
+
+
+def test_a_model_that_is_worse_than_numbers_can_say_still_has_a_perplexity() -> None:
+    ones = torch.ones(2, dtype=torch.float64)
+    values = evaluate.summary(evaluate.RowSums(tokens=ones, utf8_bytes=ones, nll=ones * 5000))
+    assert math.isfinite(values["perplexity"].value)
+    assert values["loss"].value == 5000
+
+
 @pytest.fixture
 def speaker(tiny: LlamaForCausalLM) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = byte_level_tokenizer(["def main():\n    print(name)\n"])
@@ -367,6 +381,36 @@ def test_a_task_knows_the_answer_that_the_model_was_made_to_prefer(
     assert scores["llamita_wrong"]["acc"].value == 0
     one = evaluate.run_tasks(model, tokenizer, ["llamita_right"], tmp_path, evaluate.TaskConfig(limit=1))
     assert one["llamita_right"]["acc"].value == 1
+
+
+def test_the_missing_data_of_a_task_is_found_before_any_model_is_asked(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
+    (tmp_path / "python_choice.yaml").write_text((TASKS / "python_choice.yaml").read_text())
+    with pytest.raises(ValueError, match=r"the data of tasks=\['llamita_python_choice'\] is not on this machine"):
+        evaluate.check_tasks(["llamita_python_choice"], tmp_path)
+
+
+def test_the_likelihoods_of_a_bfloat16_model_are_sums_in_float32(
+    speaker: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
+    from lm_eval.models.huggingface import HFLM
+
+    seen: list[float] = []
+    real = HFLM.loglikelihood
+
+    def loglikelihood(self: HFLM, *args: Any, **kwargs: Any) -> Any:
+        answers = real(self, *args, **kwargs)
+        seen.extend(value for value, _ in answers)
+        return answers
+
+    monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
+    model, tokenizer = speaker
+    evaluate.run_tasks(
+        model.bfloat16(), tokenizer, ["llamita_python_cloze"], TASKS, evaluate.TaskConfig(limit=4, batch_size=1)
+    )
+    assert seen
+    assert any(float(torch.tensor(value).bfloat16()) != value for value in seen)
 
 
 def test_settings_of_tasks_have_limits() -> None:

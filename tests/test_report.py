@@ -295,6 +295,28 @@ def test_the_page_asks_for_nothing_and_runs_nothing(whole: Any) -> None:
     assert "default-src 'none'" in text
 
 
+def test_numbers_on_an_axis_of_many_decades_are_words_and_few(tmp_path: Path) -> None:
+    path = stage(tmp_path / "pruned", "prune", shape=SMALL)
+    write_plan(path, BIG, SMALL)
+    kept = gather.gather({"pruned": path}).kept[0]
+    spread = kept.mlp_scores * np.logspace(-3, 4, BIG.num_hidden_layers)[:, None]
+    sketch = figures.mlp(dataclasses.replace(kept, mlp_scores=spread))
+    assert sketch is not None
+    figure = sketch.draw(figures.LIGHT)
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0.01", "1", "100", "1k"} <= set(labels)
+    assert len(labels) <= 15
+    assert not [label for label in labels if "e" in label]
+
+
+def test_a_keyboard_reaches_what_scrolls_and_every_column_has_a_scope(whole: Any) -> None:
+    scrolling = re.findall(r'<div class="(?:scroll|card)"[^>]*>(?=\s*<(?:svg|table))', whole[3])
+    assert len(scrolling) >= len(PICTURES)
+    assert all('tabindex="0"' in element and "aria-label=" in element for element in scrolling)
+    assert "<th>" not in whole[3]
+
+
 def test_identifiers_are_unique_and_references_lead_somewhere(whole: Any) -> None:
     reader = Reader(whole[3])
     assert len(reader.ids) == len(set(reader.ids))
@@ -397,6 +419,80 @@ def test_the_recovered_share_is_what_its_definition_says(whole: Any) -> None:
     assert share["ce only"] == pytest.approx((6.4 - 1.32) / (6.4 - 1.02))
 
 
+def evaluated(path: Path, models: dict[str, Any], *, rows: int = 128, values: bool = True) -> Path:
+    """The directory of an evaluation of those models, of tasks alone where no values are wanted."""
+    data = {"split": "validation", "rows": rows, "tokens": 1000 * rows, "utf8_bytes": 3000 * rows} if values else {}
+    models = {name: entry if values else entry | {"values": {}} for name, entry in models.items()}
+    found = {"data": data, "teacher": None, "models": models, "differences": []}
+    runs.write_json(stage(path, "evaluate") / "evaluation.json", found)
+    return path
+
+
+def test_an_evaluation_of_tasks_alone_takes_no_value_away(whole: Any, tmp_path: Path) -> None:
+    """Whichever of the two evaluations comes first."""
+    paths = whole[0]
+    tasks = evaluated(tmp_path / "tasks", {"distilled": entry(paths["distilled"], SMALL, 9.0, 9.0)}, values=False)
+    for order in ({**paths, "tasks": tasks}, {"tasks": tasks, **paths}):
+        report = gather.gather(order)
+        assert report.data["rows"] == 128
+        assert {m.name: m.values["bits_per_byte"].value for m in report.models}["distilled"] == 1.21
+
+
+def test_values_of_different_rows_are_never_compared(whole: Any, tmp_path: Path) -> None:
+    """Neither those of two evaluations, nor an evaluation's with what a run logged about its own rows."""
+    paths = whole[0]
+    other = evaluated(tmp_path / "other", {"distilled": entry(paths["distilled"], SMALL, 1.0, 0.1)}, rows=64)
+    with pytest.raises(ValueError, match=r"different held-out rows, 128 rows .* and 64 rows"):
+        gather.gather({**paths, "other": other})
+    alone = {name: path for name, path in paths.items() if name != "evaluation"} | {"other": other}
+    report = gather.gather(alone)
+    assert [model.name for model in report.models if model.values] == ["distilled"]
+    assert {curve.model.name for curve in report.curves} == {"distilled", "ce only", "random"}
+
+
+def test_an_evaluation_of_weights_that_were_since_replaced_is_not_taken_for_the_new_ones(
+    whole: Any, tmp_path: Path
+) -> None:
+    """Same name, same place, other content."""
+    old = entry(whole[0]["distilled"], SMALL, 1.0, 0.1) | {"sha256": "0" * 64}
+    report = gather.gather({"distilled": whole[0]["distilled"], "e": evaluated(tmp_path / "e", {"distilled": old})})
+    assert {m.name: bool(m.values) for m in report.models} == {"distilled": False, "distilled (as evaluated)": True}
+
+
+def test_content_counts_before_names(whole: Any, tmp_path: Path) -> None:
+    """Two directories whose names an evaluation had the other way round."""
+    found = {
+        "ce only": entry(whole[0]["distilled"], SMALL, 1.2, 0.3),
+        "distilled": entry(whole[0]["ce only"], SMALL, 1.3, 0.5),
+    }
+    names = ("distilled", "ce only")
+    report = gather.gather({n: whole[0][n] for n in names} | {"e": evaluated(tmp_path / "e", found)})
+    bits = {model.name: model.values["bits_per_byte"].value for model in report.models}
+    assert bits == {"distilled": 1.2, "ce only": 1.3}
+
+
+def test_two_prunings_each_have_their_own_recovery(whole: Any, tmp_path: Path) -> None:
+    """And a second distillation that goes on from the first still began with the pruned model."""
+    paths = {name: path for name, path in whole[0].items() if name in ("teacher", "pruned", "distilled")}
+    narrow = dataclasses.replace(SMALL, intermediate_size=128)
+    taught = {"teachers": {"large": {"path": str(paths["teacher"])}}}
+    pruned = stage(tmp_path / "narrow", "prune", shape=narrow, parents={"model": paths["teacher"]})
+    first, parent = pruned, {"large": paths["teacher"]}
+    for name in ("first", "second"):
+        first = stage(tmp_path / name, "distill", settings=taught, shape=narrow, parents={"student": first} | parent)
+    paths |= {"narrow": pruned, "first": tmp_path / "first", "second": tmp_path / "second"}
+    bits = {"teacher": 1.0, "pruned": 5.0, "distilled": 2.0, "narrow": 9.0, "first": 5.0, "second": 3.0}
+    found = {name: entry(path, SMALL, bits[name], 0.1) for name, path in paths.items()}
+    report = gather.gather(paths | {"e": evaluated(tmp_path / "e", found)})
+    assert {m.name: m.role for m in report.models if m.role is Role.distilled}.keys() == {
+        "distilled",
+        "first",
+        "second",
+    }
+    recovered = {model.name: model.recovered for model in report.models if model.recovered is not None}
+    assert recovered == pytest.approx({"distilled": 3 / 4, "first": 4 / 8, "second": 6 / 8})
+
+
 def test_the_verdict_gives_the_numbers(whole: Any) -> None:
     text = "".join(piece for piece, _ in page.verdict(whole[1]))
     for expected in (figures.short(BIG.num_parameters), "1.020", "6.400", "1.210", "96", "every baseline"):
@@ -461,14 +557,17 @@ def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
     stage(path, "distill", metrics=[(step, {**row, "perf/tokens_per_s_per_gpu": 7.0}) for step, row in rows[2:]])
     model = gather.gather({"d": path}).models[0]
     assert model.stage is not None
-    assert gather.series(model.stage.metrics, "perf/tokens_per_s_per_gpu") == ([0, 100, 200, 300], [5, 5, 7, 7])
-    assert gather.restarts(model.stage.metrics) == [100]
+    tokens, speed = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
+    assert (tokens.tolist(), speed.tolist()) == ([0, 100, 200, 300], [5, 5, 7, 7])
+    assert model.stage.metrics.restarts == [100]
     assert model.stage.restarts == 1
 
 
 def test_a_value_logged_without_tokens_is_placed_by_its_step() -> None:
-    rows = [{"step": 0, "v": 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, "v": 3.0}, {"step": 7, "v": 1.0}]
-    assert gather.series(rows, "v") == ([0.0, 50.0], [9.0, 3.0])
+    name = "val/v/loss"
+    rows = [{"step": 0, name: 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, name: 3.0}, {"step": 7, name: 1.0}]
+    tokens, values = gather.Metrics(rows).series(name)
+    assert (tokens.tolist(), values.tolist()) == ([0.0, 50.0], [9.0, 3.0])
 
 
 def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other_rows(whole: Any) -> None:
@@ -477,7 +576,7 @@ def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other
     ends = {curve.model.name: curve.values[-1] for curve in report.curves}
     gap = 1.21 - 1.02
     assert figures.teacher_level(report) == pytest.approx(ends["distilled"] - gap)
-    curves = [dataclasses.replace(c, values=[value + 0.1 for value in c.values]) for c in report.curves]
+    curves = [dataclasses.replace(c, values=c.values + 0.1) for c in report.curves]
     assert figures.teacher_level(dataclasses.replace(report, curves=curves)) == pytest.approx(
         ends["distilled"] + 0.1 - gap
     )
@@ -497,10 +596,45 @@ def test_counts_are_said_in_three_digits(number: float, text: str) -> None:
 
 
 def test_smoothing_keeps_constants_and_straight_lines() -> None:
-    assert figures.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-    line = [float(x) for x in range(200)]
+    assert figures.smoothed(np.full(50, 3.0)) == pytest.approx([3.0] * 50)
+    line = np.arange(200.0)
     assert figures.smoothed(line)[10:-10] == pytest.approx(line[10:-10])
-    assert figures.smoothed([1.0]) == [1.0]
+    assert figures.smoothed(np.ones(1)) == [1.0]
+
+
+def test_a_thinned_curve_keeps_its_ends_and_every_spike() -> None:
+    x, values = np.arange(1_000_000.0), np.zeros(1_000_000)
+    values[[123_456, 654_321]] = 9, -9
+    thin_x, thin = figures.thinned(x, values)
+    assert len(thin) <= 3200
+    assert (thin_x[0], thin_x[-1]) == (0, 999_999)
+    assert [thin[thin_x == at].tolist() for at in (123_456, 654_321)] == [[9], [-9]]
+    assert figures.thinned(x[:3200], values[:3200])[1] is not thin
+
+
+def test_a_hundred_thousand_steps_make_no_large_page(tmp_path: Path) -> None:
+    path = stage(tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=training(5, 2, taught=True))
+    noise = np.random.default_rng(0)
+    with (path / "metrics.jsonl").open("a") as file:
+        for step in range(401, 100_000):
+            ce, kd, speed = noise.random(3).tolist()
+            row = {"step": step, "restart": 0, "data/tokens": step * 16384, "train/ce": ce, "train/kd": kd}
+            file.write(json.dumps(row | {"perf/tokens_per_s_per_gpu": speed}) + "\n")
+    assert len(drawn({"d": path}, tmp_path / "out")) < 600_000
+
+
+@pytest.mark.parametrize("torn", ['{"step": 9, "restart": 0, "val/held_', "{"])
+def test_a_line_that_is_still_being_written_is_not_read(torn: str, tmp_path: Path) -> None:
+    """Of a run that goes on, or was killed in the middle of a line."""
+    path = stage(tmp_path / "d", "distill", metrics=training(5, 2, taught=False), finish=False)
+    before = gather.gather({"d": path}).models[0].values
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert gather.gather({"d": path}).models[0].values == before
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line \d+, is not a row"):
+        gather.gather({"d": path})
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,16 @@ class Loader:
         self.samples_consumed = int(state["samples_consumed"])
 
 
-def sequential(split: Split, *, batch_rows: int, max_rows: int | None = None) -> Iterator[Batch]:
-    """The rows of a split as they are stored, once; the last batch may be smaller.
+def sequential(
+    split: Split, *, batch_rows: int, max_rows: int | None = None, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """The rows of a split as they are stored, once; of the batches, rank ``r`` reads every ``world_size``-th.
 
-    ``prepare`` stores rows in a pseudo-random order, so the first ``max_rows`` are a fair sample.
+    ``prepare`` stores rows in a pseudo-random order, so the first ``max_rows`` are a fair sample. The last batch may
+    be smaller.
     """
     if batch_rows < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError(f"batch_rows and max_rows must be at least 1, got {batch_rows} and {max_rows}")
     total = len(split) if max_rows is None else min(max_rows, len(split))
-    for first in range(0, total, batch_rows):
+    for first in range(rank * batch_rows, total, world_size * batch_rows):
         yield split.rows(np.arange(first, min(first + batch_rows, total)))

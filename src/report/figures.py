@@ -6,6 +6,7 @@ Colours are roles (:class:`Palette`). On the page a colour is a CSS variable, so
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llamita.report.gather import Array, Kept, Model, Report, Role, restarts, series
+from llamita.report.gather import Array, Kept, Model, Report, Role
 from llamita.shapes import LlamaShape
 
 
@@ -218,7 +219,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def _tick(value: float, _: Any = None) -> str:
-    return re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
+    return "0" if value == 0 else re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
 
 
 def _count_axis(axes: Axes, label: str) -> None:
@@ -235,8 +236,10 @@ def _log_axis(axes: Axes, label: str) -> None:
         axes.set_ylim(bottom=0)
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    # Three ticks a decade crowd where there are many decades.
+    subs = (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0, 3.0) if high < 1e4 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -277,7 +280,7 @@ def teacher_level(report: Report) -> float | None:
     if teacher is None or "bits_per_byte" not in teacher.values:
         return None
     level = teacher.values["bits_per_byte"].value
-    end = next((curve.values[-1] for curve in report.curves if curve.model is result), None)
+    end = next((float(curve.values[-1]) for curve in report.curves if curve.model is result), None)
     if end is None or result is None or "bits_per_byte" not in result.values:
         return level
     return level + end - result.values["bits_per_byte"].value
@@ -300,7 +303,7 @@ def recovery(report: Report) -> Sketch | None:
         for curve in sorted(report.curves, key=lambda c: c.model is report.result):
             colour = palette.of(curve.model, report.models)
             width, order = (2.6, 3) if curve in main else (1.8, 2)
-            axes.plot(curve.tokens, curve.values, color=colour, linewidth=width, zorder=order)
+            axes.plot(*thinned(curve.tokens, curve.values), color=colour, linewidth=width, zorder=order)
             axes.plot(curve.tokens[-1:], curve.values[-1:], "o", color=colour, markersize=6, zorder=4)
             ends.append((curve.values[-1], f"{clip(curve.model.name)}  {curve.values[-1]:.3f}", colour))
         if floor is not None and teacher is not None:
@@ -330,12 +333,12 @@ def recovery(report: Report) -> Sketch | None:
 
 def losses(report: Report) -> Sketch | None:
     """Training losses over tokens: cross-entropy, and divergence from the teacher where there is one."""
-    panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence from the teacher")]
-    data: dict[str, list[tuple[Model, list[float], list[float]]]] = {}
+    panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence")]
+    data: dict[str, list[tuple[Model, Array, Array]]] = {}
     for key, _ in panels:
         for model in report.models:
             if model.stage is not None and model.role is not Role.teacher:
-                tokens, values = series(model.stage.metrics, key)
+                tokens, values = model.stage.metrics.series(key)
                 if len(values) > 1:
                     data.setdefault(key, []).append((model, tokens, values))
     panels = [(key, label) for key, label in panels if key in data]
@@ -350,10 +353,8 @@ def losses(report: Report) -> Sketch | None:
             for model, tokens, values in data[key]:
                 colour = palette.of(model, report.models)
                 models[clip(model.name)] = colour
-                axes.plot(tokens, values, color=colour, linewidth=0.8, alpha=0.3)
-                smooth = smoothed(values)
-                axes.plot(tokens, smooth, color=colour, linewidth=1.8)
-                tails += smooth[len(smooth) // 8 :]
+                smooth = _noisy(axes, tokens, values, colour)
+                tails += smooth[len(smooth) // 8 :].tolist()
             low, high = min(tails), max(tails)
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
             axes.set_xlim(left=0)
@@ -366,18 +367,38 @@ def losses(report: Report) -> Sketch | None:
     return Sketch(
         name="losses",
         title="Training losses",
-        caption="Each logged step, and the mean around it, over training tokens.",
+        caption="Cross-entropy with the text, and divergence from the teacher: each logged step and the mean around "
+        "it, over training tokens.",
         draw=draw,
     )
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def _noisy(axes: Axes, x: Array, values: Array, colour: str) -> Array:
+    """A faint line and the mean around it, which is returned."""
+    smooth = smoothed(values)
+    axes.plot(*thinned(x, values), color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(*thinned(x, smooth), color=colour, linewidth=1.8)
+    return smooth
+
+
+def thinned(x: Array, values: Array, stretches: int = 800) -> tuple[Array, Array]:
+    """The ends and the extremes of each stretch: a million points look no different, and weigh megabytes."""
+    if len(values) <= 4 * stretches:
+        return x, values
+    edges = np.linspace(0, len(values), stretches + 1).astype(int)
+    places = [(a, a + values[a:b].argmin(), a + values[a:b].argmax(), b - 1) for a, b in itertools.pairwise(edges)]
+    kept = np.unique(places)
+    return x[kept], values[kept]
+
+
+def smoothed(values: Array) -> Array:
     """Mean over a twentieth of the points around each; it does not lag behind."""
     reach = max(1, len(values) // 40)
-    total = np.cumsum([0.0, *values])
+    total = np.cumsum(np.r_[0.0, values])
     first = np.maximum(np.arange(len(values)) - reach, 0)
     last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    return [float(mean) for mean in (total[last] - total[first]) / (last - first)]
+    mean: Array = (total[last] - total[first]) / (last - first)
+    return mean
 
 
 COMPONENTS = ("embedding", "output head", "attention", "MLP", "norms")
@@ -412,7 +433,7 @@ def parameters(before: LlamaShape, after: LlamaShape, names: tuple[str, str]) ->
                 if size > 0.062 * total:
                     ink = palette.card if tints[component] > 0.7 else palette.ink
                     text = "\n".join([*component.split(), short(size)])
-                    axes.text(left + size / 2, row, text, ha="center", va="center", color=ink, fontsize=9)
+                    axes.text(left + size / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
                 left += size
             axes.text(left + 0.008 * total, row, short(left), va="center", fontweight="bold", color=palette.ink)
         axes.set_yticks([0, 1], [clip(name, 18) for name in names])
@@ -474,7 +495,7 @@ def heads(kept: Kept) -> Sketch:
     return Sketch(
         name=f"heads-{_slug(kept.name)}",
         title="Attention heads",
-        caption=f"{share} of {kept.heads.size} query heads are kept; {cut_layers} of {num_layers} layers were cut "
+        caption=f"{share:,} of {kept.heads.size:,} query heads are kept; {cut_layers} of {num_layers} layers were cut "
         + "whole. "
         + ("Stronger colour: more important. " if kept.head_scores is not None else "")
         + "Small grey squares were cut.",
@@ -560,7 +581,7 @@ def hidden(kept: Kept) -> Sketch | None:
     values = np.maximum(values, values[values > 0].min(initial=1e-12))
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(560, 270)
+        figure, axes = _figure(450, 250)
         axes.set_ylim(values.min() * 0.8, values.max() * 1.1)
         axes.set_xlim(0, len(values) - 1)
         _log_axis(axes, f"importance ({kept.kinds.get('hidden', '')})")
@@ -573,6 +594,7 @@ def hidden(kept: Kept) -> Sketch | None:
                 inside = np.unique(np.r_[first, places[(places >= first) & (places < end)], end])
                 axes.fill_between(inside, bottom, values[inside], color=colour, alpha=0.3, linewidth=0)
                 axes.plot(inside, values[inside], color=colour, linewidth=1.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("channel, by falling importance")
         handles = [Patch(color=palette.distilled, label="kept"), Patch(color=palette.pruned, label="cut")]
         axes.legend(handles=handles, loc="upper right")
@@ -590,7 +612,7 @@ def layers(kept: Kept) -> Sketch | None:
     scores = kept.layer_scores
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(560, 270)
+        figure, axes = _figure(450, 250)
         colours = [palette.distilled if stays else palette.cut for stays in kept.layers]
         axes.bar(np.arange(len(scores)), scores, color=colours, width=0.72)
         axes.xaxis.set_major_locator(MaxNLocator(min(16, len(scores)), integer=True))
@@ -614,9 +636,9 @@ def throughput(report: Report) -> Sketch | None:
     data = []
     for model in report.models:
         if model.stage is not None:
-            tokens, values = series(model.stage.metrics, "perf/tokens_per_s_per_gpu")
+            tokens, values = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
             if len(values) > 1:
-                data.append((model, tokens, values, restarts(model.stage.metrics)))
+                data.append((model, tokens, values, model.stage.metrics.restarts))
     if not data:
         return None
 
@@ -625,8 +647,7 @@ def throughput(report: Report) -> Sketch | None:
         handles = []
         for model, tokens, values, places in data:
             colour = palette.of(model, report.models)
-            axes.plot(tokens, values, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(tokens, smoothed(values), color=colour, linewidth=1.8)
+            _noisy(axes, tokens, values, colour)
             for place in places:
                 axes.axvline(place, color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
             handles.append(Line2D([], [], color=colour, label=clip(model.name)))

@@ -10,7 +10,8 @@ import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -50,6 +51,74 @@ class Parent:
         return {self.sha256} | ({str(Path(self.path).resolve())} if self.path else set())
 
 
+class Metrics:
+    """The numbers of ``metrics.jsonl`` that the page shows, by name.
+
+    They are kept as columns: a million rows as dictionaries would take gigabytes.
+    """
+
+    SHOWN = ("data/tokens", "perf/", "train/ce", "train/kd", "val/")
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        steps, starts = array("q"), array("q")
+        found: dict[str, tuple[array[int], array[float]]] = {}
+        for number, row in enumerate(rows):
+            steps.append(row["step"])
+            starts.append(row.get("restart", 0))
+            for name, value in row.items():
+                if name.startswith(self.SHOWN) and isinstance(value, int | float) and math.isfinite(value):
+                    if name not in found:
+                        found[name] = array("q"), array("d")
+                    found[name][0].append(number)
+                    found[name][1].append(value)
+        self.steps: Array = np.array(steps, dtype=np.int64)
+        self._starts: Array = np.array(starts, dtype=np.int64)
+        self._columns = {name: (np.array(at, dtype=np.int64), np.array(v)) for name, (at, v) in found.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """All that was logged."""
+        return list(self._columns)
+
+    def values(self, name: str) -> Array:
+        """What was logged under ``name``, in order."""
+        return self._column(name)[1]
+
+    def _column(self, name: str) -> tuple[Array, Array]:
+        return self._columns.get(name, (np.empty(0, dtype=np.int64), np.empty(0)))
+
+    def series(self, name: str) -> tuple[Array, Array]:
+        """Values of one metric over the tokens that the run had seen when it logged them.
+
+        Tokens may stand in another row of the same step; a value of a step without any is left out.
+        """
+        rows, values = self._column(name)
+        token_rows, tokens = self._column("data/tokens")
+        at = np.full(len(rows), math.nan)
+        at[self.steps[rows] == 0] = 0.0
+        # The last row of a step with tokens, and before all others the row itself.
+        steps, last = np.unique(self.steps[token_rows][::-1], return_index=True)
+        _look_up(at, self.steps[rows], steps, tokens[::-1][last])
+        _look_up(at, rows, token_rows, tokens)
+        known = np.isfinite(at)
+        return at[known], values[known]
+
+    @property
+    def restarts(self) -> list[float]:
+        """Tokens at which the run was started again."""
+        token_rows, tokens = self._column("data/tokens")
+        seen = np.searchsorted(token_rows, np.flatnonzero(np.diff(self._starts)), side="right")
+        return [float(tokens[count - 1]) if count else 0.0 for count in seen]
+
+
+def _look_up(into: Array, wanted: Array, keys: Array, values: Array) -> None:
+    """Put the value of each wanted key, where there is one, into its place; ``keys`` ascend."""
+    if keys.size:
+        places = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+        found = keys[places] == wanted
+        into[found] = values[places][found]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One directory that was given, under its display name."""
@@ -59,7 +128,7 @@ class Stage:
     recipe: str | None
     """``None`` for a model directory that no recipe wrote."""
     settings: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    metrics: Metrics
     done: dict[str, Any] | None
     """``None`` while the stage is not finished."""
     identity: dict[str, Any]
@@ -88,8 +157,8 @@ class Stage:
     @property
     def tokens(self) -> int | None:
         """Tokens that it was trained on."""
-        seen = [row["data/tokens"] for row in self.metrics if "data/tokens" in row]
-        return int(max(seen)) if seen else None
+        seen = self.metrics.values("data/tokens")
+        return int(seen.max()) if seen.size else None
 
     @property
     def restarts(self) -> int:
@@ -125,7 +194,7 @@ def read_stage(name: str, path: Path) -> Stage:
         path=path,
         recipe=saved.get("recipe"),
         settings=saved.get("settings") or {},
-        metrics=runs.read_metrics(path) if (path / "metrics.jsonl").is_file() else [],
+        metrics=Metrics(runs.metric_rows(path) if (path / "metrics.jsonl").is_file() else ()),
         done=done,
         identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
         provenance=_optional_json(path / checkpoints.PROVENANCE),
@@ -160,6 +229,8 @@ class Model:
     values: dict[str, Estimate] = field(default_factory=dict)
     """``bits_per_byte``, ``perplexity``, ``kl``, ``top1_agree``, ``loss``."""
     tasks: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    start: Model | None = None
+    """The pruned model that it began as; for other weights of that shape, the one it competes with."""
     recovered: float | None = None
     """Share of the bits per byte lost by pruning that were won back."""
 
@@ -174,8 +245,8 @@ class Curve:
     """A held-out value of one model over the tokens that it was trained on."""
 
     model: Model
-    tokens: list[float]
-    values: list[float]
+    tokens: Array
+    values: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +331,24 @@ def gather(paths: Mapping[str, Path]) -> Report:
         curve_set=curve_set,
         kept=[kept for stage in stages if (kept := read_kept(stage)) is not None],
         differences=[entry for evaluation in evaluations for entry in evaluation.get("differences", [])],
-        data=evaluations[0].get("data", {}) if evaluations else {},
+        data=_rows_measured(evaluations),
     )
+
+
+def _rows_measured(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The held-out rows that every evaluation measured; evaluations of tasks alone have none.
+
+    Raises:
+        ValueError: they measured different rows, whose values must not stand in one table.
+    """
+    measured: list[dict[str, Any]] = [evaluation["data"] for evaluation in evaluations if evaluation.get("data")]
+    for data in measured[1:]:
+        if {**data, "path": None} != {**measured[0], "path": None}:
+            told = " and ".join(
+                f"{d.get('rows')} rows of {d.get('path')} ({d.get('split')})" for d in (measured[0], data)
+            )
+            raise ValueError(f"runs has evaluations of different held-out rows, {told}: make a report of each")
+    return measured[0] if measured else {}
 
 
 def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -> list[Model]:
@@ -273,21 +360,60 @@ def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -
             model = Model(name=stage.name, role=_role(stage, stages, teachers), shape=stage.shape, stage=stage)
             model.values = _last_values(stage)
             models.append(model)
+    measured: list[Model] = []
     for evaluation in evaluations:
         for name, entry in evaluation["models"].items():
-            keys = _entry_keys(entry)
-            found = next((m for m in models if m.stage and (m.stage.keys & keys or m.name == name)), None)
+            found = _measured_model(models, name, entry)
             if found is None:
-                found = Model(name=name, role=Role.teacher if keys & teachers else Role.other, shape=_shape(entry))
+                taken = any(model.name == name for model in models)
+                found = Model(name=f"{name} (as evaluated)" if taken else name, role=Role.other, shape=_shape(entry))
+                found.role = Role.teacher if _entry_keys(entry) & teachers else Role.other
                 models.append(found)
-            # One set of rows for all models beats what each saw while it was trained.
-            found.values = {key: Estimate(**value) for key, value in entry["values"].items()}
+            if entry["values"]:
+                found.values = {key: Estimate(**value) for key, value in entry["values"].items()}
+                measured.append(found)
             found.tasks |= {
                 task: {metric: Estimate(**value) for metric, value in scores.items()}
                 for task, scores in entry.get("tasks", {}).items()
             }
+    for model in models:
+        # What a run logged of rows of its own must not stand beside values of the evaluation's rows.
+        if measured and not any(model is other for other in measured):
+            model.values = {}
+    _set_starts(models, stages)
     order = list(Role)
     return sorted(models, key=lambda model: order.index(model.role))
+
+
+def _measured_model(models: Sequence[Model], name: str, entry: Mapping[str, Any]) -> Model | None:
+    """Which model an evaluation means: by content; only where a model's content is unknown, by place or name."""
+    same = [m for m in models if m.stage and m.stage.sha256 == entry["sha256"]]
+    if not same:
+        unknown = [m for m in models if m.stage is None or m.stage.sha256 is None]
+        place = {str(Path(entry["path"]).resolve())} if entry.get("path") else set()
+        same = [m for m in unknown if (m.stage and m.stage.keys & place)] or [m for m in unknown if m.name == name]
+    return next((m for m in same if m.name == name), same[0] if same else None)
+
+
+def _set_starts(models: Sequence[Model], stages: Sequence[Stage]) -> None:
+    pruned = [model for model in models if model.role is Role.pruned]
+    for model in models:
+        if model.role not in (Role.distilled, Role.baseline) or model.stage is None:
+            continue
+        origin = _origin(model.stage, stages)
+        own = [p for p in pruned if p.stage is origin] if origin else [p for p in pruned if p.shape == model.shape]
+        model.start = own[0] if own else pruned[0] if len(pruned) == 1 else None
+
+
+def _origin(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
+    """The pruning that a training run began with, other training runs between them or not."""
+    for _ in stages:
+        keys = _student_keys(stage)
+        parent = next((other for other in stages if other is not stage and other.keys & keys), None)
+        if parent is None or parent.recipe == "prune":
+            return parent
+        stage = parent
+    return None
 
 
 def _entry_keys(entry: Mapping[str, Any]) -> set[str]:
@@ -319,8 +445,8 @@ def _role(stage: Stage, stages: Sequence[Stage], teachers: set[str]) -> Role:
         case "prune":
             return Role.pruned
         case "distill":
-            pruned = {key for other in stages if other.recipe == "prune" for key in other.keys}
-            from_pruned = not pruned or bool(_student_keys(stage) & pruned)
+            pruned = any(other.recipe == "prune" for other in stages)
+            from_pruned = not pruned or _origin(stage, stages) is not None
             if from_pruned and stage.settings.get("teachers"):
                 return Role.distilled
             compared = pruned or any(other.settings.get("teachers") for other in stages)
@@ -343,28 +469,25 @@ def _last_values(stage: Stage) -> dict[str, Estimate]:
     name = _held_out_set(stage.metrics)
     values: dict[str, Estimate] = {}
     for ours, theirs in (("bits_per_byte", "bits_per_byte"), ("loss", "loss"), ("kl", "kd")):
-        logged = [row[key] for row in stage.metrics if (key := f"val/{name}/{theirs}") in row]
-        if logged:
+        logged = stage.metrics.values(f"val/{name}/{theirs}")
+        if logged.size:
             values[ours] = Estimate(float(logged[-1]))
     if "loss" in values:
         values["perplexity"] = Estimate(math.exp(values["loss"].value))
     return values
 
 
-def _held_out_set(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+def _held_out_set(metrics: Metrics) -> str | None:
     """The set that curves are drawn for: the first by name."""
-    names = {key.split("/")[1] for row in metrics for key in row if key.startswith("val/") and key.count("/") == 2}
-    return min(names, default=None)
+    return min((n.split("/")[1] for n in metrics.names if n.startswith("val/") and n.count("/") == 2), default=None)
 
 
 def _set_recovered(models: Sequence[Model]) -> None:
     """Recovered share of the loss: (pruned - model) / (pruned - teacher) in bits per byte."""
-    ends = {role: _bits(model) for model in models for role in (Role.teacher, Role.pruned) if model.role is role}
-    if len(ends) < 2 or not all(map(math.isfinite, ends.values())) or ends[Role.pruned] <= ends[Role.teacher]:
-        return
+    floor = next((_bits(model) for model in models if model.role is Role.teacher), math.inf)
     for model in models:
-        if model.role in (Role.distilled, Role.baseline) and math.isfinite(_bits(model)):
-            model.recovered = (ends[Role.pruned] - _bits(model)) / (ends[Role.pruned] - ends[Role.teacher])
+        if model.start is not None and math.isfinite(_bits(model)) and floor < _bits(model.start) < math.inf:
+            model.recovered = (_bits(model.start) - _bits(model)) / (_bits(model.start) - floor)
 
 
 def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:
@@ -374,35 +497,11 @@ def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:
         if model.stage is None or model.role is Role.teacher:
             continue
         name = _held_out_set(model.stage.metrics)
-        tokens, values = series(model.stage.metrics, f"val/{name}/bits_per_byte")
+        tokens, values = model.stage.metrics.series(f"val/{name}/bits_per_byte")
         if len(values) > 1:
             curves.append(Curve(model=model, tokens=tokens, values=values))
             used = name
     return used, curves
-
-
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Values of one metric over the tokens that the run had seen when it logged them."""
-    seen = {row["step"]: row["data/tokens"] for row in metrics if "data/tokens" in row}
-    tokens, values = [], []
-    for row in metrics:
-        if key not in row or not isinstance(row[key], int | float):
-            continue
-        at = row.get("data/tokens", seen.get(row["step"], 0 if row["step"] == 0 else None))
-        if at is not None:
-            tokens.append(float(at))
-            values.append(float(row[key]))
-    return tokens, values
-
-
-def restarts(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Tokens at which a run was started again."""
-    places, previous, tokens = [], None, 0.0
-    for row in metrics:
-        if previous is not None and row["restart"] != previous:
-            places.append(tokens)
-        previous, tokens = row["restart"], float(row.get("data/tokens", tokens))
-    return places
 
 
 def read_kept(stage: Stage) -> Kept | None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from llamita import runs
 from llamita.report import figures
 from llamita.report.figures import Sketch
-from llamita.report.gather import Estimate, Model, Report, Role, Stage, restarts
+from llamita.report.gather import Estimate, Model, Report, Role, Stage
 
 PAGE = "report.html"
 PLOTS = "plots"
@@ -148,7 +148,8 @@ def _title(report: Report) -> str:
 
 def verdict(report: Report) -> list[tuple[str, bool]]:
     """The story in sentences, as pieces of text that are or are not emphasised."""
-    teacher, pruned, result = report.first(Role.teacher), report.first(Role.pruned), report.result
+    teacher, result = report.first(Role.teacher), report.result
+    pruned = (result and result.start) or report.first(Role.pruned)
     pieces: list[tuple[str, bool]] = []
 
     def say(*parts: str) -> None:
@@ -161,8 +162,8 @@ def verdict(report: Report) -> list[tuple[str, bool]]:
             f"{figures.short(after)}",
             f", {figures.percent(after / before)} of them. ",
         )
-    bits = {role: model.values.get("bits_per_byte") for role in Role if (model := report.first(role)) is not None}
-    if (start := bits.get(Role.pruned)) and (floor := bits.get(Role.teacher)):
+    start, floor = (model.values.get("bits_per_byte") if model else None for model in (pruned, teacher))
+    if start and floor:
         say("It cost quality: bits per byte on held-out text went from ", f"{floor.value:.3f}")
         say(" to ", f"{start.value:.3f}", ". ")
     if result and result.role is Role.distilled and (end := result.values.get("bits_per_byte")):
@@ -201,7 +202,8 @@ class Tile:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    teacher, pruned, result = report.first(Role.teacher), report.first(Role.pruned), report.result
+    teacher, result = report.first(Role.teacher), report.result
+    pruned = (result and result.start) or report.first(Role.pruned)
     tiles = []
     if result is None:
         return []
@@ -270,12 +272,12 @@ def _task_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _trained(stage: Stage) -> bool:
-    return any("perf/step_s" in row or "perf/tokens_per_s_per_gpu" in row for row in stage.metrics)
+    return bool({"perf/step_s", "perf/tokens_per_s_per_gpu"} & set(stage.metrics.names))
 
 
 def _mean(stage: Stage, key: str) -> float | None:
-    values = [float(row[key]) for row in stage.metrics if isinstance(row.get(key), int | float)]
-    return sum(values) / len(values) if values else None
+    values = stage.metrics.values(key)
+    return float(values.mean()) if values.size else None
 
 
 def _training_row(model: Model, stage: Stage, report: Report) -> dict[str, Any]:
@@ -287,13 +289,13 @@ def _training_row(model: Model, stage: Stage, report: Report) -> dict[str, Any]:
     return {
         "name": model.name,
         "colour": f"var({figures.VARIABLES.of(model, report.models)})",
-        "steps": max((row["step"] for row in stage.metrics), default=0),
+        "steps": int(stage.metrics.steps.max(initial=0)),
         "tokens": stage.tokens,
         "speed": _mean(stage, "perf/tokens_per_s_per_gpu"),
         "step": step,
         "shares": {name: value / step for name, value in shares.items() if value is not None and step},
         "save": _mean(stage, "perf/save_s"),
-        "restarts": max(stage.restarts, len(restarts(stage.metrics))),
+        "restarts": max(stage.restarts, len(stage.metrics.restarts)),
         "duration": stage.seconds,
     }
 

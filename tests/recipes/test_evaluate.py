@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
+from llamita.progress import Progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TEXT = "def f(x):\n    return x + {}\n\n\nclass C{}:\n    '''Ein größeres Δ, {} mal.'''\n"
@@ -176,6 +178,68 @@ def test_processes_on_cpus_know_each_other_under_torchrun(tmp_path: Path) -> Non
     )
 
 
+def test_at_most_two_models_are_in_memory(
+    models: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The teacher and one other, also while the next one is loaded."""
+    module = recipe("evaluate")
+    loaded: list[weakref.ref[LlamaForCausalLM]] = []
+    alive: list[int] = []
+    real = module.load
+
+    def load(path: Path, config: Any) -> LlamaForCausalLM:
+        alive.append(sum(model() is not None for model in loaded))
+        model: LlamaForCausalLM = real(path, config)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(module, "load", load)
+    overrides = [f"models.{name}.path={models['first']}" for name in ("a", "b", "c")]
+    module.run(told(recipe, *overrides, f"teacher.path={models['teacher']}", f"data.path={data}", f"out={tmp_path}/o"))
+    assert alive == [0, 1, 1, 1]
+
+
+def test_progress_is_told_for_every_batch(
+    models: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Progress, "update", lambda self, done, note="": seen.append((done, self.total)))
+    overrides = [f"models.{name}.path={models['first']}" for name in ("a", "b")]
+    more = ["data.batch_rows=1", "data.max_rows=3", f"data.path={data}", f"out={tmp_path}/o"]
+    recipe("evaluate").run(told(recipe, *overrides, *more))
+    assert seen == [(done, 6) for done in (0, 1, 2, 3, 3, 4, 5, 6)]
+
+
+def test_rows_longer_than_a_model_can_read_are_refused(
+    models: dict[str, Path], data: Path, tmp_path: Path, recipe: Callable[[str], ModuleType]
+) -> None:
+    file = models["first"] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 32}))
+    config = told(recipe, f"model.path={models['first']}", f"data.path={data}", f"out={tmp_path}/out")
+    with pytest.raises(ValueError, match="sequence_length 64 is more than"):
+        recipe("evaluate").run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_alone_need_no_common_vocabulary(
+    models: dict[str, Path], data: Path, tmp_path: Path, tiny: LlamaForCausalLM, recipe: Callable[[str], ModuleType]
+) -> None:
+    """There is no KL to a teacher without rows."""
+    pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
+    wide = model_directory(tmp_path / "wide", tiny, data / "tokenizer", size=400)
+    paths = [f"model.path={models['first']}", f"teacher.path={wide}", "tasks=[llamita_python_cloze]"]
+    found, rows = recipe("evaluate").check(told(recipe, *paths, f"out={tmp_path}/out"))
+    assert (set(found), rows) == ({"teacher", "model"}, None)
+
+
 def test_tasks_alone_need_no_data(
     models: dict[str, Path], tmp_path: Path, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +266,8 @@ def test_tasks_alone_need_no_data(
         ({"model": None}, r"either model\.path="),
         ({"data": None}, "nothing to measure"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "gpu"}, "device must be auto, cpu or a GPU of this machine, got 'gpu'"),
+        ({"device": "cuda:99"}, "device must be auto, cpu or a GPU of this machine, got 'cuda:99'"),
         ({"batch_rows": 0}, r"data\.batch_rows must be at least 1, got 0"),
         ({"max_rows": 0}, r"data\.max_rows must be at least 1, got 0"),
     ],
@@ -221,6 +287,7 @@ def test_what_cannot_be_meant_is_refused(
                 max_rows=change.get("max_rows"),
             ),
             dtype=change.get("dtype"),
+            device=change.get("device", "auto"),
             out=tmp_path / "out",
         )
 
@@ -255,7 +322,7 @@ def test_models_of_other_vocabularies_are_refused(
                 out=tmp_path / "out",
             )
         )
-    with pytest.raises(ValueError, match="has 100 token ids"):
+    with pytest.raises(ValueError, match="only 100"):
         module.run(
             module.Evaluate(
                 model=module.ModelConfig(path=small), data=module.DataConfig(path=data), out=tmp_path / "out"
