@@ -177,7 +177,7 @@ def held_out(config: Distill, data: PackedData) -> loop.Validation:
     """The first rows of the held-out documents; bits per byte where the tokenizer's tokens are bytes."""
     if config.validation_rows == 0:
         return loop.Validation()
-    batches = loader.sequential(
+    batches = loader.Sequential(
         data.split("validation"), batch_rows=config.micro_batch_rows, max_rows=config.validation_rows
     )
     table: torch.Tensor | None = None

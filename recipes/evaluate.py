@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from omegaconf import MISSING
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, checks, evaluate, runs
@@ -101,30 +100,21 @@ class Rows:
     """The held-out rows, checked against the models before any of these is loaded."""
 
     def __init__(self, config: DataConfig, path: Path, models: Mapping[str, checkpoints.Weights]) -> None:
-        self.config = config
         self.data = shards.PackedData.open(path)
-        self.split = self.data.split(config.split)
-        self.token_bytes = evaluate.token_bytes(checkpoints.load_tokenizer(path / "tokenizer"))
+        self.batches = loader.Sequential(
+            self.data.split(config.split),
+            batch_rows=config.batch_rows,
+            max_rows=config.max_rows,
+            rank=PartialState().process_index,
+            world_size=PartialState().num_processes,
+        )
+        self.token_bytes = evaluate.token_bytes(checkpoints.load_tokenizer(self.data.tokenizer_path))
+        written = (f"data.path={path}", self.data.vocab_size, self.data.tokenizer_hash)
         for name, weights in models.items():
-            model, tokenizer = f"{name}={weights.path}", checkpoints.tokenizer_of(weights.path)
-            read, written = (weights.shape.vocab_size, tokenizer), (self.data.vocab_size, self.data.tokenizer_hash)
-            checks.refuse(
-                checks.same_tokens(model, *read, f"data.path={path}", *written)
-                + checks.positions(self.data.sequence_length, model, weights.config.max_position_embeddings)
-            )
-
-    @property
-    def num_batches(self) -> int:
-        """This rank's share of them, at most."""
-        rows = min(len(self.split), self.config.max_rows or len(self.split))
-        at_a_time = self.config.batch_rows * int(PartialState().num_processes)
-        return max(1, -(-rows // at_a_time))
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of the batches."""
-        state, config = PartialState(), self.config
-        share = {"rank": state.process_index, "world_size": state.num_processes}
-        return loader.sequential(self.split, batch_rows=config.batch_rows, max_rows=config.max_rows, **share)
+            model, most = f"{name}={weights.path}", weights.config.max_position_embeddings
+            read = (model, weights.shape.vocab_size, checkpoints.tokenizer_of(weights.path))
+            mistakes = checks.same_tokens(*read, *written)
+            checks.refuse(mistakes + checks.positions(self.data.sequence_length, model, most))
 
 
 def check(config: Evaluate) -> tuple[dict[str, checkpoints.Weights], Rows | None]:
@@ -162,9 +152,8 @@ def run(config: Evaluate) -> None:
         if run.done:
             return
         teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
-        sums: dict[str, evaluate.RowSums] = {}
-        models: dict[str, Any] = {}
-        steps = rows.num_batches if rows is not None else 1
+        sums, models = dict[str, evaluate.RowSums](), dict[str, Any]()
+        steps = len(rows.batches) if rows is not None else 1
         with Progress("evaluate", steps * len(weights)) as progress:
             for index, (name, stored) in enumerate(weights.items()):
                 progress.update(index * steps, name)
@@ -173,7 +162,7 @@ def run(config: Evaluate) -> None:
                 values: dict[str, evaluate.Estimate] = {}
                 tasks: dict[str, dict[str, evaluate.Estimate]] = {}
                 if rows is not None:
-                    batches = run.until_stopped(progress.count(rows.batches(), note=name))
+                    batches = run.until_stopped(progress.count(rows.batches, note=name))
                     other = None if itself else teacher
                     sums[name] = evaluate.measure(model, batches, rows.token_bytes, teacher=other)
                     values = evaluate.summary(sums[name])

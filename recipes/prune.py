@@ -134,9 +134,9 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     rows = min(config.tokens // columns, len(split))
     if rows * columns < config.tokens:
         log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
-    batches = loader.sequential(split, batch_rows=config.batch_rows, max_rows=rows)
-    text: list[importance.Batch] = [{name: t[:, :columns] for name, t in batch.items()} for batch in batches]
-    return text, {"calibration": (config.path, data.content_hash)}
+    batches = loader.Sequential(split, batch_rows=config.batch_rows, max_rows=rows)
+    text = [{name: tensor[:, :columns] for name, tensor in batch.items()} for batch in batches]
+    return list[importance.Batch](text), {"calibration": (config.path, data.content_hash)}
 
 
 def how(config: CalibrationConfig, model: importance.Model) -> dict[str, Any]:
@@ -173,8 +173,7 @@ def score(
             data = shards.PackedData.open(config.calibration.path)
             pad_id = tokens.borders(checkpoints.load_tokenizer(data.tokenizer_path)).pad_id
             passes = how(config.calibration, weights)
-            size = sum(batch["input_ids"].numel() for batch in text)
-            log.info("scoring on %d tokens in %s on %s", size, passes["dtype"], passes["device"])
+            log.info("scoring in %s on %s", passes["dtype"], passes["device"])
             scores = importance.measure(weights, text, watch=watch, pad_id=pad_id, info=info, **passes)
     else:
         scores = importance.from_weights(weights, info=info)

@@ -100,16 +100,33 @@ class Loader:
         self.samples_consumed = int(state["samples_consumed"])
 
 
-def sequential(
-    split: Split, *, batch_rows: int, max_rows: int | None = None, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+class Sequential:
     """The rows of a split as they are stored, once; of the batches, rank ``r`` reads every ``world_size``-th.
 
     ``prepare`` stores rows in a pseudo-random order, so the first ``max_rows`` are a fair sample. The last batch may
-    be smaller.
+    be smaller, and a rank may have one batch less than another.
     """
-    if batch_rows < 1 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"batch_rows and max_rows must be at least 1, got {batch_rows} and {max_rows}")
-    total = len(split) if max_rows is None else min(max_rows, len(split))
-    for first in range(rank * batch_rows, total, world_size * batch_rows):
-        yield split.rows(np.arange(first, min(first + batch_rows, total)))
+
+    def __init__(
+        self, split: Split, *, batch_rows: int, max_rows: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Check the sizes; nothing is read before the first batch.
+
+        Raises:
+            ValueError: a size is below one.
+        """
+        if batch_rows < 1 or (max_rows is not None and max_rows < 1):
+            raise ValueError(f"batch_rows and max_rows must be at least 1, got {batch_rows} and {max_rows}")
+        self.split = split
+        self.total = len(split) if max_rows is None else min(max_rows, len(split))
+        self.batch_rows = batch_rows
+        self.firsts = range(rank * batch_rows, self.total, world_size * batch_rows)
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self.firsts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Read one batch after another."""
+        for first in self.firsts:
+            yield self.split.rows(np.arange(first, min(first + self.batch_rows, self.total)))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamita.data import shards
-from llamita.data.loader import Loader, sequential
+from llamita.data.loader import Loader, Sequential
 from llamita.data.pack import pack
 from llamita.data.shards import Batch, Split
 
@@ -120,13 +120,13 @@ def test_sizes_that_do_not_fit_are_refused(split: Split, overrides: dict[str, in
 
 
 def test_sequential_gives_each_row_once_in_order(split: Split) -> None:
-    batches = list(sequential(split, batch_rows=7))
+    batches = list(Sequential(split, batch_rows=7))
     assert [len(batch["input_ids"]) for batch in batches] == [7, 7, 7, 3]
     together = torch.cat([batch["input_ids"] for batch in batches])
     assert torch.equal(together, split.rows(np.arange(ROWS))["input_ids"])
 
 
 def test_sequential_stops_where_it_is_told(split: Split) -> None:
-    assert [len(batch["input_ids"]) for batch in sequential(split, batch_rows=7, max_rows=10)] == [7, 3]
+    assert [len(batch["input_ids"]) for batch in Sequential(split, batch_rows=7, max_rows=10)] == [7, 3]
     with pytest.raises(ValueError, match="batch_rows and max_rows must be at least 1"):
-        next(sequential(split, batch_rows=0))
+        next(Sequential(split, batch_rows=0))

@@ -21,7 +21,7 @@ import pytest
 
 from llamita import checkpoints, runs
 from llamita.data import tokens
-from llamita.data.loader import Loader, sequential
+from llamita.data.loader import Loader, Sequential
 from llamita.data.shards import ID, START, UNSUPERVISED, PackedData
 from llamita.data.sources import Kind, SourceConfig
 from llamita.data.split import ValidationConfig
@@ -114,7 +114,7 @@ def test_the_directory_feeds_a_run(prepare: ModuleType, settings: dict[str, Any]
     data = PackedData.open(settings["out"])
     loader = Loader(data.split("train"), seed=0, global_batch_rows=4, micro_batch_rows=2)
     assert [batch["input_ids"].shape for batch in next(loader)] == [(2, 64), (2, 64)]
-    labels = sum(int((b["labels"] != -100).sum()) for b in sequential(data.split("validation"), batch_rows=8))
+    labels = sum(int((b["labels"] != -100).sum()) for b in Sequential(data.split("validation"), batch_rows=8))
     assert labels == data.manifest["splits"]["validation"]["labels"]
 
 
