@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -464,18 +464,19 @@ def content_hash(path: Path) -> str:
 
 
 @contextmanager
-def publishing(final: Path) -> Iterator[Path]:
+def publishing(final: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Path]:
     """A new folder beside ``final`` that takes its name when the block ends well, and vanishes when it does not.
 
     Every file is synced and listed with size and hash in ``MANIFEST.json`` before the rename, so that a folder under
-    its final name is always whole. One process of a launch does this; the others write into the folder it made.
+    its final name is always whole. One process of a launch does this; the others write into the folder it made, and
+    what they say of their files stands in ``known`` when the block ends, see :func:`write_manifest`.
     """
     temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     runs.fsync(final.parent.parent)  # the parent's own name may be new
     try:
         yield temporary
-        write_manifest(temporary)
+        write_manifest(temporary, known)
         runs.crash_point("before_rename")
         os.rename(temporary, final)
         runs.fsync(final.parent)
@@ -485,16 +486,34 @@ def publishing(final: Path) -> Iterator[Path]:
         raise
 
 
-def write_manifest(folder: Path) -> None:
-    """Sync every file and folder below ``folder`` and list the files in ``MANIFEST.json``."""
-    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    for name in files:
+def sync_and_hash(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Sync files below ``folder`` and give the size and hash of each, as a manifest holds them."""
+    for name in names:
         runs.fsync(folder / name)
+    return runs.sha256_of_files(folder, names)
+
+
+def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Sync every file and folder below ``folder`` and list the files in ``MANIFEST.json``.
+
+    ``known`` holds the files that were synced and hashed by the processes that wrote them, perhaps on other machines.
+
+    Raises:
+        OSError: this process does not see what another one wrote.
+    """
+    known = known or {}
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    for name, entry in known.items():
+        seen = (folder / name).stat().st_size if name in files else None
+        if seen != entry["bytes"]:
+            text = f"a process wrote {entry['bytes']} bytes, the one that publishes them sees {seen}"
+            raise OSError(errno.EIO, text, str(folder / name))
+    entries = {**known, **sync_and_hash(folder, [name for name in files if name not in known])}
     for path in folder.rglob("*"):
         if path.is_dir():
             runs.fsync(path)
     runs.crash_point("before_manifest")
-    runs.write_json(folder / "MANIFEST.json", {"files": runs.sha256_of_files(folder, files)})
+    runs.write_json(folder / "MANIFEST.json", {"files": entries})
 
 
 def check_manifest(folder: Path, *, hashes: bool = False) -> str | None:

@@ -266,6 +266,19 @@ def test_folders_below_a_published_one_are_synced_too(tmp_path: Path, monkeypatc
     assert {"deepspeed", "states.pt"} <= set(synced)
 
 
+def test_what_another_process_wrote_must_be_seen_whole_before_it_is_published(tmp_path: Path) -> None:
+    with checkpoints.publishing(tmp_path / "step-1", known := {}) as folder:
+        (folder / "theirs").write_bytes(b"0123")
+        (folder / "mine").write_bytes(b"4")
+        known |= checkpoints.sync_and_hash(folder, ["theirs"])
+    assert checkpoints.check_manifest(tmp_path / "step-1", hashes=True) is None
+    assert runs.read_json(tmp_path / "step-1" / "MANIFEST.json")["files"].keys() == {"theirs", "mine"}
+    for entry in ({"theirs": {"bytes": 5, "sha256": ""}}, {"absent": {"bytes": 4, "sha256": ""}}):
+        with pytest.raises(OSError, match="a process wrote"), checkpoints.publishing(tmp_path / "step-2", entry) as f:
+            (f / "theirs").write_bytes(b"0123")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
 def test_damage_to_a_published_folder_is_found(tmp_path: Path) -> None:
     with checkpoints.publishing(tmp_path / "step-1") as folder:
         (folder / "state.bin").write_bytes(b"0123")

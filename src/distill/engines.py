@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import errno
 import importlib.util
+import math
 import os
 import socket
 import warnings
@@ -267,8 +268,8 @@ class Engine(Protocol):
         """Loss and statistics without gradient."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments into ``folder``; every rank calls this."""
+    def save(self, folder: Path) -> list[str]:
+        """Write weights and moments into ``folder``; every rank calls this, and gets the names of what it wrote."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -341,7 +342,7 @@ class Replicated:
 
     def step(self, learning_rate: float) -> float:
         norm = optim.clip(self.student.parameters(), self.config.clip_norm)
-        if torch.isfinite(torch.tensor(norm)):
+        if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
@@ -353,9 +354,9 @@ class Replicated:
         with _evaluating(self.student):
             return _with_loss(*self.module(work, True))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[str]:
         if not self.main:
-            return
+            return []
         checkpoints.save_tensors(dict(self.student.named_parameters()), folder / "weights.safetensors", {})
         runs.crash_point("mid_checkpoint")
         state = {
@@ -364,6 +365,7 @@ class Replicated:
             for key, value in self.optimizer.state[parameter].items()
         }
         checkpoints.save_tensors(state, folder / "optimizer.safetensors", {})
+        return ["weights.safetensors", "optimizer.safetensors"]
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -391,6 +393,7 @@ class Sharded:
 
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
+        self.rank = accelerator.process_index
         self.checkpoint_bytes = 4 * 4 * _numel(module)  # weights in the precision of the layers too
         self.engine, _ = accelerator.prepare(module, optim.adamw(module, config))
         # The engine casts every buffer too, and rotary frequencies in bfloat16 are wrong from the third digit on.
@@ -415,7 +418,7 @@ class Sharded:
         with _evaluating(self.student):
             return _with_loss(*self.engine(work, True))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[str]:
         try:
             self.engine.save_checkpoint(str(folder), tag="deepspeed")
         except RuntimeError as error:
@@ -424,6 +427,8 @@ class Sharded:
                 raise OSError(errno.ENOSPC, f"a checkpoint could not be written: {error}", str(folder)) from error
             raise
         runs.crash_point("mid_checkpoint")
+        # The few that DeepSpeed writes for all ranks have no rank in their names, and are left to the main one.
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob(f"*zero_pp_rank_{self.rank}_mp_rank_*"))
 
     def load(self, folder: Path) -> None:
         # DeepSpeed unpickles: only files whose hashes are those in this run's own manifest come here.

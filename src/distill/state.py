@@ -10,7 +10,7 @@ import errno
 import logging
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from llamita import checkpoints, runs
 
@@ -71,9 +72,13 @@ class Checkpoints:
         self._keep = max(FEWEST, keep)
         self._main = accelerator.is_main_process
 
-    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], *, size: int = 0) -> None:
+    def save(
+        self, step: int, state: Mapping[str, Any], write: Callable[[Path], Sequence[str]], *, size: int = 0
+    ) -> None:
         """Publish ``step-N``; every rank calls this and ``write(folder)`` on the same folder.
 
+        ``write`` returns the names of the files that this rank wrote. Each rank syncs and hashes its own: the main one
+        may see them through another machine's cache, and would need as many times longer as there are ranks.
         ``size`` is how many bytes all ranks will write. Without room for them no rank calls ``write``: in one with
         collectives, the others would wait for a rank that failed.
 
@@ -106,13 +111,15 @@ class Checkpoints:
         return False
 
     def _write(
-        self, stack: ExitStack, final: Path, state: Mapping[str, Any], write: Callable[[Path], None], size: int
+        self, stack: ExitStack, final: Path, state: Mapping[str, Any], write: Callable[[Path], Sequence[str]], size: int
     ) -> None:
         error: OSError | None = None
         token = -1
+        mine: dict[str, dict[str, Any]] = {}
+        of_all: dict[str, dict[str, Any]] = {}
         if self._main:
             try:
-                temporary = stack.enter_context(checkpoints.publishing(final))
+                temporary = stack.enter_context(checkpoints.publishing(final, of_all))
                 if shutil.disk_usage(temporary).free < size:
                     raise OSError(errno.ENOSPC, f"no space left for a checkpoint of {size} bytes", str(final))
                 token = int(temporary.name.rpartition("-")[2], 16)
@@ -122,13 +129,16 @@ class Checkpoints:
         if token >= 0:
             folder = final.with_name(f".tmp-{final.name}-{token:08x}")
             try:
-                write(folder)
-                runs.write_json(folder / f"random-{self._accelerator.process_index:05d}.json", random_state())
+                names = [*write(folder), f"random-{self._accelerator.process_index:05d}.json"]
+                runs.write_json(folder / names[-1], random_state())
                 if self._main:
                     runs.write_json(folder / STATE, state)
+                mine = checkpoints.sync_and_hash(folder, names)
             except OSError as failure:
                 error = failure
         self._raise_together(error)
+        for entries in gather_object([mine]):
+            of_all |= entries
 
     def _all_fine(self, error: OSError | None) -> bool:
         return agree_sum(self._accelerator, error is not None) == 0

@@ -13,12 +13,13 @@ import pytest
 import torch
 import toy
 
-from llamita import runs
+from llamita import checkpoints, runs
 
 HERE = Path(__file__).resolve().parent / "processes"
 TYPINGS = Path(__file__).resolve().parents[2] / "typings"
 BFLOAT16 = ("zero1_bfloat16", "zero3_bfloat16")
-PHASES = ("ddp", "ddp_micro", "zero1", "zero2", "zero3", *BFLOAT16, "zero2_resume", "zero3_resume")
+NAN = ("zero1_bfloat16_nan", "zero2_nan", "zero3_nan")
+PHASES = ("ddp", "ddp_micro", "zero1", "zero2", "zero3", *BFLOAT16, "zero2_resume", "zero3_resume", *NAN)
 
 
 def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
@@ -42,9 +43,14 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the phases run."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
     """What both ranks say about each phase."""
-    folder = tmp_path_factory.mktemp("ranks")
     finished(launch(str(folder), *PHASES))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -66,7 +72,7 @@ def test_ranks_hold_equal_parameters(phase: str, results: list[dict[str, Any]]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase not in BFLOAT16])
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase not in (*BFLOAT16, *NAN)])
 def test_two_processes_learn_what_one_learns(
     phase: str, results: list[dict[str, Any]], alone: tuple[list[dict[str, Any]], torch.Tensor]
 ) -> None:
@@ -92,6 +98,31 @@ def test_bfloat16_under_zero_stays_near(
     ]
     assert curves[0] == pytest.approx(curves[1], rel=0.03)
     assert results[0][phase]["rotary"] == "torch.float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", NAN)
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(phase: str, results: list[dict[str, Any]]) -> None:
+    rows = [row for row in results[0][phase]["rows"] if "optim/lr" in row]
+    assert [row["optim/skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["step"] for row in rows if "train/loss" not in row] == [3]
+    assert all(torch.isfinite(torch.tensor(result[phase]["weights"])).all() for result in results)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["ddp", "zero2", "zero3"])
+def test_each_rank_hashes_what_it_wrote_and_the_manifest_holds_all(
+    phase: str, results: list[dict[str, Any]], folder: Path
+) -> None:
+    step = folder / phase / "checkpoints/step-6"
+    names = [{name.removeprefix("6/") for name in r[phase]["hashed"] if name.startswith("6/")} for r in results]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == runs.read_json(step / "MANIFEST.json")["files"].keys()
+    assert "random-00001.json" in names[1]
+    for rank in (0, 1) if phase.startswith("zero") else ():
+        assert f"deepspeed/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in names[rank]
+    assert checkpoints.check_manifest(step, hashes=True) is None
 
 
 @pytest.mark.slow

@@ -17,14 +17,40 @@ import torch
 import toy
 from accelerate.state import AcceleratorState, GradientState
 
-from llamita import runs
+from llamita import checkpoints, runs
 from llamita.distill.engines import DeepSpeedConfig, Precision
+from llamita.distill.losses import TeacherStates
+from llamita.distill.teachers import Batch, ResidentTeacher
 
 torch.set_num_threads(1)
 faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "150")), exit=True)
 
 
 RANK = int(os.environ["RANK"])
+hashed: list[str] = []
+"""Files that this rank has hashed for a manifest."""
+sync_and_hash = checkpoints.sync_and_hash
+
+
+def recorded(folder: Path, names: Any) -> Any:
+    hashed.extend(f"{folder.name.split('-')[2]}/{name}" for name in names)
+    return sync_and_hash(folder, names)
+
+
+checkpoints.sync_and_hash = recorded
+
+
+class Broken(ResidentTeacher):
+    """Says NaN on rank 1 for the third step's micro-batches."""
+
+    def __init__(self, source: toy.Source) -> None:
+        super().__init__("big", toy.model(2, hidden=24, tied=False))
+        self.source = source
+
+    def states(self, batch: Batch, mask: torch.Tensor | None) -> TeacherStates:
+        states = super().states(batch, mask)
+        bad = RANK == 1 and self.source.consumed == 3 * self.source.batch
+        return TeacherStates(states.hidden * float("nan"), states.head) if bad else states
 
 
 def zero(stage: int) -> DeepSpeedConfig:
@@ -35,6 +61,7 @@ def zero(stage: int) -> DeepSpeedConfig:
 
 def curve(out: Path, **arguments: Any) -> dict[str, Any]:
     """Train, and report the losses, the final weights, and whether both ranks hold the same."""
+    hashed.clear()
     job = toy.go(out, **arguments)
     final = toy.weights(job.engine)
     together = torch.cat([tensor.float().flatten() for tensor in final.values()])
@@ -44,6 +71,7 @@ def curve(out: Path, **arguments: Any) -> dict[str, Any]:
         "equal_ranks": bool((gathered == gathered[0]).all()),
         "digest": toy.digest(job.engine),
         "rows": rows,
+        "hashed": list(hashed),
         "weights": together.tolist(),
         "rotary": str(job.engine.student.model.rotary_emb.inv_freq.dtype),
         "spread": all(p.numel() == 0 for p in job.engine.student.parameters()),
@@ -75,6 +103,17 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
             )
         case "zero1_bfloat16":
             return curve(out, micro_batch_rows=4, precision=Precision.bfloat16, deepspeed=zero(1))
+        case "zero1_bfloat16_nan" | "zero2_nan" | "zero3_nan":
+            source = toy.Source(batch=8, micro=2, rank=RANK, world=2)
+            return curve(
+                out,
+                source=source,
+                teachers=[Broken(source)],
+                micro_batch_rows=2,
+                validation_every=0,
+                precision=Precision.bfloat16 if "bfloat16" in name else Precision.float32,
+                deepspeed=zero(int(name[4])),
+            )
         case "zero2_resume" | "zero3_resume":
             arguments = {"micro_batch_rows": 2, "deepspeed": zero(int(name[4]))}
             with contextlib.suppress(runs.Stopped):
