@@ -71,6 +71,9 @@ def settings(cfg: DictConfig, schema: type[T]) -> T:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     assert isinstance(config, schema)
     _refuse_secrets(runs.plain(config))
+    mappings = {name: value for name, value in vars(config).items() if isinstance(value, dict)}
+    if wrong := [line for name, value in mappings.items() for key in value for line in runs.names({name: key})]:
+        raise ValueError("\n".join(wrong))
     return config
 
 

@@ -22,7 +22,7 @@ from llamita.shapes import PUBLISHED, LlamaShape
 T = TypeVar("T")
 UNKNOWN = object()
 """Made by a stage of which a mistake hides what it makes."""
-MARGIN = 4 / 3
+MARGIN = 1.35
 """Measured over planned memory, at most (docs/plan.md)."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -200,8 +200,8 @@ def _common(config: Any, world: World, outlook: Outlook) -> None:
     """What is checked for every recipe."""
     settings = runs.plain(config)
     outlook.mistakes += redaction.secrets_in(settings)
-    outlook.mistakes += checks.names({"the last part of out": config.out.absolute().name})
-    outlook.mistakes += checks.names({"run.project": config.run.project})
+    outlook.mistakes += runs.names({"the last part of out": config.out.absolute().name})
+    outlook.mistakes += runs.names({"run.project": config.run.project})
     outlook.mistakes += checks.errors_of(
         lambda: runs.check_out(config.out, outlook.recipe, settings, may_change=outlook.may_change)
     )
@@ -237,7 +237,7 @@ def _own_check(recipe: str, config: Any) -> None:
 def _prepare(config: Any, world: World, outlook: Outlook) -> None:
     found = []
     for name, source in _compose.load("prepare").named(config).items():
-        outlook.mistakes += checks.names({"sources": name})
+        outlook.mistakes += runs.names({"sources": name})
         try:
             found.append(sources.resolve(name, source))
         except ValueError as error:
@@ -387,6 +387,8 @@ def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: R
     if rows is None:
         return []
     model, made_with = f"{setting}={path}", rows.tokenizer_hash
+    if _is_only_a_name(path) and rows.vocab_size not in (0, shape.vocab_size):
+        return [f"{data} has {rows.vocab_size} token ids, the tokenizer of {model} has {shape.vocab_size}"]
     return checks.same_tokens(model, shape.vocab_size, world.tokenizer(path), data, rows.vocab_size, made_with)
 
 
@@ -396,7 +398,7 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
     paths = {"student": config.student.path} if config.student.path else {}
     shapes = {"student": student}
     for name, teacher in config.teachers.items():
-        outlook.mistakes += checks.names({"teachers": name})
+        outlook.mistakes += runs.names({"teachers": name})
         if name == "student":
             outlook.mistakes.append("teachers.student: a teacher must not have the name of the student")
         paths[name] = teacher.path
@@ -510,7 +512,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
     rows = world.rows("data.path", config.data.path, outlook) if config.data.path is not None else None
     shapes: dict[str, LlamaShape] = {}
     for name, path in config.paths().items():
-        outlook.mistakes += checks.names({"models": name})
+        outlook.mistakes += runs.names({"models": name})
         setting = f"models.{name}.path" if name in config.models else f"{name}.path"
         if (shape := world.model(setting, path, outlook, needs_tokenizer=bool(config.tasks))) is not None:
             shapes[name] = shape
@@ -551,7 +553,7 @@ def _report(config: Any, world: World, outlook: Outlook) -> None:
     if not config.runs:
         outlook.mistakes.append("runs must name at least one directory: runs.NAME=PATH")
     for name, path in config.runs.items():
-        outlook.mistakes += checks.names({"runs": name})
+        outlook.mistakes += runs.names({"runs": name})
         if _normal(path) in world.made:
             world.check_order(f"runs.{name}", path, outlook)
             continue

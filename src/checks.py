@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ import torch
 
 from llamita import checkpoints, runs
 from llamita.shapes import PUBLISHED, LlamaShape
-
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def errors_of(action: Callable[[], Any]) -> list[str]:
@@ -33,15 +31,6 @@ def refuse(mistakes: list[str]) -> None:
     """Raise ``ValueError`` with all mistakes, if there are any."""
     if mistakes:
         raise ValueError("\n".join(mistakes))
-
-
-def names(mapping: Mapping[str, str]) -> list[str]:
-    """Names, by the setting they stand in, that would not be safe as part of a path, a job or a metric."""
-    return [
-        f"{setting}: a name has 1 to 64 letters, digits, '.', '_' or '-', got {name!r}"
-        for setting, name in mapping.items()
-        if not NAME.fullmatch(name) or name in (".", "..")
-    ]
 
 
 def suggestion(unknown: str, known: list[str]) -> str:

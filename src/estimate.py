@@ -17,7 +17,7 @@ GIB = 2**30
 DISK_BYTES_PER_SECOND = 1e9
 """Assumed, for reading weights and writing checkpoints."""
 
-TOKENS_PER_CPU_SECOND = 2e5
+TOKENS_PER_CPU_SECOND = 1.78e5
 """Encoded by one process: the lower of the two measured texts (docs/data.md), so prose is faster."""
 TEXT_BYTES_PER_TOKEN = 4.0
 """Of English and source code with Llama 3's tokenizer."""

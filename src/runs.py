@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -96,6 +97,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def names(mapping: Mapping[str, str]) -> list[str]:
+    """Names, by the setting they stand in, that would not be safe as part of a path, a job or a metric."""
+    return [
+        f"{setting}: a name has 1 to 64 letters, digits, '.', '_' or '-', got {name!r}"
+        for setting, name in mapping.items()
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or name in (".", "..")
+    ]
 
 
 def sha256(path: Path) -> str:
@@ -407,6 +417,8 @@ def start(
     run = Run(path, recipe, plain(settings), config)
     main = is_main_process()
     lock = run._lock
+    if wrong := names({"the last part of out": path.absolute().name, "run.project": config.project}):
+        raise ValueError("\n".join(wrong))
     _refuse_foreign_directory(path)
     if main:
         path.mkdir(parents=True, exist_ok=True)

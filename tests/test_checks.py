@@ -52,8 +52,8 @@ def test_paths_and_names_are_no_secrets(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "", "x" * 65, "a\nb", "a b", "..", "$(id)", "ä"])
 def test_a_name_that_could_escape_is_refused(name: str) -> None:
-    assert len(checks.names({"run.project": name})) == 1
-    assert checks.names({"run.project": "llama3.2_1b-v2"}) == []
+    assert len(runs.names({"run.project": name})) == 1
+    assert runs.names({"run.project": "llama3.2_1b-v2"}) == []
 
 
 def test_a_typo_gets_the_setting_that_was_meant() -> None:

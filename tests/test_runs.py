@@ -169,7 +169,7 @@ def test_a_line_that_is_being_written_is_not_read_yet_and_a_damaged_one_is_named
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta')
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta\n' + whole)
-    with pytest.raises(ValueError, match=r"line 2 of \S*metrics\.jsonl is damaged"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not a row"):
         runs.read_metrics(tmp_path)
 
 
@@ -302,3 +302,13 @@ def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: py
         run.finish([])
     for file in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert canary.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(("out", "project"), [("a b", "llamita"), ("run", "a/b")])
+def test_a_name_that_no_job_or_metric_could_have_is_refused(tmp_path: Path, out: str, project: str) -> None:
+    with (
+        pytest.raises(ValueError, match="a name has 1 to 64 letters"),
+        runs.start(tmp_path / out, "x", SETTINGS, RunConfig(project=project)),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

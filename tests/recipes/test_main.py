@@ -144,3 +144,11 @@ def test_a_run_without_a_directory_says_that_it_must_be_given(
     assert ending(recipe(name), monkeypatch, *arguments) == 64
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "error: out must be given: out=…\n"), "and Hydra says nothing of its own"
+
+
+def test_a_name_that_would_leave_its_folder_is_refused(recipe: Callable[[str], ModuleType]) -> None:
+    from omegaconf import OmegaConf
+
+    report = recipe("report")
+    with pytest.raises(ValueError, match=r"runs: a name has 1 to 64 letters.*got '\.\./\.\.'"):
+        sys.modules["_main"].settings(OmegaConf.create({"out": "x", "runs": {"../..": "y"}}), report.Report)
