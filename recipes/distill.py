@@ -10,6 +10,7 @@ from _main import CONFIGS, exit_with, settings, store  # isort: skip
 
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class TeacherConfig:
     """Its share in the mixture; shares are divided by their sum."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"teachers.<name>.weight must be > 0, got {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
 
 
 @dataclass(kw_only=True)
@@ -62,6 +63,8 @@ class Distill(loop.LoopConfig):
         """Raise ``ValueError`` for what cannot be meant."""
         super().__post_init__()
         self.student.check()
+        if not self.teachers:
+            self.loss.check_without_teacher()
 
 
 log = logging.getLogger(__name__)

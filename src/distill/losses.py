@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -73,6 +73,21 @@ class LossConfig:
             raise ValueError(f"loss.skew must be in 0..1, 1 excluded, got {self.skew}")
         if self.chunk_mebibytes is not None and self.chunk_mebibytes < 1:
             raise ValueError(f"loss.chunk_mebibytes must be at least 1, got {self.chunk_mebibytes}")
+
+    def check_without_teacher(self) -> None:
+        """Refuse settings that say how to learn from a teacher where there is none: it may have been forgotten.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            plain = setting.name == "chunk_mebibytes" or (setting.name == "ce_weight" and value == 1)
+            if not plain and value != setting.default:
+                raise ValueError(
+                    f"loss.{setting.name}={value} needs a teacher: set teachers.<name>.path, or leave it at "
+                    f"{setting.default} to train on the data alone"
+                )
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,14 @@ class OptimConfig:
     weight_decay: float = 0.1
     """For matrices that multiply. Norm gains and embeddings, tied ones too, are not decayed."""
     clip_norm: float = 1.0
-    """The gradient's largest global norm."""
+    """The gradient's largest global norm; ``inf`` clips nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epsilon", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be > 0 and finite, got {getattr(self, name)}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be > 0, got {self.clip_norm}")
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name} must be in 0..1, got {getattr(self, name)}")
@@ -54,8 +56,8 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} must be in 0..1, 1 excluded, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be >= 0 and finite, got {getattr(self, name)}")
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

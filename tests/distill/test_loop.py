@@ -17,7 +17,7 @@ import toy
 from torch import Tensor
 
 from llamita import checkpoints, runs
-from llamita.distill import engines, losses
+from llamita.distill import engines, loop, losses
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
 
@@ -314,11 +314,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(
 ) -> None:
     real = engines.Replicated.save
 
-    def full(self: engines.Replicated, folder: Path) -> None:
+    def full(self: engines.Replicated, folder: Path) -> list[str]:
         if "step-4" in folder.name:
             (folder / "weights.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device", str(folder))
-        real(self, folder)
+        return real(self, folder)
 
     monkeypatch.setattr(engines.Replicated, "save", full)
     with pytest.raises(OSError, match="No space left"):
@@ -424,11 +424,38 @@ def test_validation_takes_none_of_the_time_of_steps(tmp_path: Path) -> None:
         job._add("perf/teacher_s", 3.0)
         job.validate()
         assert job._interval == {"perf/teacher_s": 3.0}
+        assert job._teacher_time.take() == 0
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="")]),
+    ],
+)
+def test_the_time_of_a_device_is_that_of_its_work_and_not_of_queueing_it(device: str) -> None:
+    clock, size = loop.DeviceTime(torch.device(device)), 4096 if device == "cuda" else 512
+    matrix = torch.rand(size, size, device=device)
+    matrix @ matrix
+    for _ in range(2):
+        with clock:
+            for _ in range(10):
+                matrix @ matrix
+    matrix.cpu()
+    first, second = clock.take(), clock.take()
+    assert first > 1e-3
+    assert second == 0
+
+
+def test_a_run_that_took_no_step_is_not_done(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 steps in a row had no finite gradient"):
+        toy.go(tmp_path / "run", teachers=[Broken(set(range(100)))], steps=2)
 
 
 def test_what_training_returns_can_be_written_down(tmp_path: Path) -> None:
     with runs.start(tmp_path / "run", "toy", {}, runs.RunConfig()) as run:
-        metrics = toy.trainer(run, teachers=[Broken({4})], validation_rows=0, steps=1, micro_batch_rows=8).train()
+        metrics = toy.trainer(run, teachers=[Broken({5})], validation_rows=0, steps=2, micro_batch_rows=8).train()
         assert all(math.isfinite(value) for value in metrics.values())
 
 

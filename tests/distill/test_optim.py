@@ -76,7 +76,16 @@ def test_clipping_scales_to_the_largest_norm_and_leaves_smaller_gradients() -> N
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("learning_rate", 0.0), ("final_fraction", 1.5), ("beta2", 1.0), ("warmup_steps", -1)]
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("final_fraction", 1.5),
+        ("beta2", 1.0),
+        ("warmup_steps", -1),
+        ("weight_decay", float("nan")),
+        ("clip_norm", float("nan")),
+    ],
 )
 def test_settings_without_meaning_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"optim\.{field} .*{value}"):

@@ -158,6 +158,8 @@ def test_a_student_that_is_its_teacher_loses_nothing(
         ({"student": from_shape(max_position_embeddings=32)}, "rows of 64 tokens, the student at most .*=32"),
         ({"global_batch_rows": 6}, "multiple of micro_batch_rows"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"loss": losses.LossConfig(temperature=2.0)}, r"loss.temperature=2.0 needs a teacher: set teachers.<name>"),
+        ({"loss": losses.LossConfig(ce_weight=0.5)}, r"loss.ce_weight=0.5 needs a teacher"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
@@ -167,6 +169,12 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         module.run(settings(module, data, tmp_path / "out", **{"student": from_shape(), **change}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [0.0, float("inf"), float("nan")])
+def test_a_share_without_meaning_is_refused(weight: float, recipe: Callable[[str], ModuleType]) -> None:
+    with pytest.raises(ValueError, match=r"teachers.<name>.weight must be > 0 and finite"):
+        recipe("distill").TeacherConfig(path=Path("x"), weight=weight)
 
 
 def test_other_vocabularies_are_refused_before_anything_is_written(
