@@ -26,7 +26,7 @@ from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
 log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 5
-"""Steps in a row without a finite gradient that end the run."""
+"""Steps in a row without a finite gradient that end the run; all steps of a shorter one."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +103,36 @@ class Validation:
     """UTF-8 bytes of each token id, for bits per byte."""
 
 
+class DeviceTime:
+    """Seconds that the device spent inside ``with`` blocks; a GPU's queue would make a clock of the CPU run ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def take(self) -> float:
+        """The seconds since the last call; only after a synchronisation, because the device must be through."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if self._on_gpu:
+            return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
+        return float(sum(end - start for start, end in pairs))
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Everything that a training run works with."""
@@ -129,6 +159,7 @@ class Trainer:
         self._names = ["loss", *losses.statistics([teacher.name for teacher in self.teachers])]
         self._saved = -1
         self._interval: dict[str, float] = {}
+        self._teacher_time = DeviceTime(self.accelerator.device)
 
     def train(self) -> dict[str, float]:
         """Train to the last step and return the newest metrics.
@@ -184,6 +215,7 @@ class Trainer:
         seen = sum(batch["input_ids"].numel() for batch in batches)
         extra = torch.tensor([seen, self.run.stop.is_set()], dtype=torch.float64, device=device)
         *sums, seen_by_all, stops = self.accelerator.reduce(torch.cat([total, extra]), reduction="sum").tolist()
+        self._add("perf/teacher_s", self._teacher_time.take())
         counters.tokens += int(seen_by_all)
         self._add("tokens", seen_by_all)
         self._add("steps", 1)
@@ -195,11 +227,10 @@ class Trainer:
 
     def _prepare(self, batch: Batch) -> MicroBatch:
         """A micro-batch with its mask and what the teachers say to it."""
-        started = time.perf_counter()
         # The other kernels take other masks, which transformers makes from the position ids.
         mask = document_mask(batch["position_ids"]) if self.config.attention is Attention.sdpa else None
-        states = [teacher.states(batch, mask) for teacher in self.teachers]
-        self._add("perf/teacher_s", time.perf_counter() - started)
+        with self._teacher_time:
+            states = [teacher.states(batch, mask) for teacher in self.teachers]
         return MicroBatch(batch, mask, states)
 
     def _count_skipped(self, norm: float) -> None:
@@ -212,10 +243,10 @@ class Trainer:
         rows = self.source.state_dict().get("samples_consumed")
         where = f"step {counters.step}, the {self.config.global_batch_rows} rows of the order that end with row {rows}"
         log.warning("no finite gradient at %s: the step is skipped", where)
-        if counters.skipped_in_a_row >= GIVE_UP_AFTER:
+        if counters.skipped_in_a_row >= min(GIVE_UP_AFTER, self.config.steps):
             raise ValueError(
-                f"{GIVE_UP_AFTER} steps in a row had no finite gradient, the last was {where}; look at these rows and "
-                "at the teachers' weights, or lower optim.learning_rate"
+                f"{counters.skipped_in_a_row} steps in a row had no finite gradient, the last was {where}; "
+                "look at these rows and at the teachers' weights, or lower optim.learning_rate"
             )
 
     def _named(self, values: Sequence[float], prefix: str) -> dict[str, float]:
@@ -248,11 +279,10 @@ class Trainer:
 
     def validate(self) -> None:
         """Measure the held-out sets and log the averages."""
-        interval = dict(self._interval)  # the teachers' time here is none of the steps'
         values: dict[str, float] = {}
         for name, batches in self.validation.sets.items():
             values |= self._measure_set(name, batches)
-        self._interval = interval
+        self._teacher_time.take()  # none of the steps'
         if values:
             self.last |= values
             self.run.log(_finite(values), step=self.counters.step)
