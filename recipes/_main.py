@@ -49,6 +49,10 @@ def store(name: str, schema: type[Any]) -> None:
     node = OmegaConf.structured(dataclasses.make_dataclass(schema.__name__, fields, kw_only=True))
     for field in open_fields:
         OmegaConf.set_struct(node[field.name], False)
+    for key, hint in hints.items():  # what is passed on to a library, such as deepspeed.config.…
+        for inner in dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ():
+            if typing.get_origin(typing.get_type_hints(hint)[inner.name]) is dict:
+                OmegaConf.set_struct(node[key][inner.name], False)
     ConfigStore.instance().store(name, node)
 
 

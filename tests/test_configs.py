@@ -92,3 +92,14 @@ def test_every_command_of_the_pages_composes(
         overrides.append(f"out={tmp_path}")
     composed(name, *overrides)
     assert module
+
+
+def test_what_deepspeed_is_told_needs_no_plus_sign(recipe: Callable[[str], ModuleType]) -> None:
+    """Its keys are in no schema of ours; a mistyped key of ours beside them is still found."""
+    module, main = recipe("distill"), sys.modules["_main"]
+    told = "deepspeed.config.zero_optimization.offload_optimizer.device=cpu"
+    needed = ["deepspeed=zero2", "out=out", "data.path=data", "student.path=student"]
+    config = main.settings(composed("distill", *needed, told), module.Distill).deepspeed
+    assert (config.stage, config.config) == (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises((HydraException, OmegaConfBaseException), match="confg"):
+        composed("distill", *needed, told, "deepspeed.confg.x=1")

@@ -168,6 +168,9 @@ def new_accelerator(config: EngineConfig, deepspeed: DeepSpeedConfig, *, clip_no
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+    # Where states are offloaded, DeepSpeed would compile an AdamW of its own at the start, which takes minutes, a CUDA
+    # toolkit, and leaves a lock behind when it is killed. torch's fused one runs on a CPU as well.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
     plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     return Accelerator(
         mixed_precision="bf16" if half else "no",

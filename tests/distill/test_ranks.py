@@ -19,7 +19,18 @@ HERE = Path(__file__).resolve().parent / "processes"
 TYPINGS = Path(__file__).resolve().parents[2] / "typings"
 BFLOAT16 = ("zero1_bfloat16", "zero3_bfloat16")
 NAN = ("zero1_bfloat16_nan", "zero2_nan", "zero3_nan")
-PHASES = ("ddp", "ddp_micro", "zero1", "zero2", "zero3", *BFLOAT16, "zero2_resume", "zero3_resume", *NAN)
+PHASES = (
+    "ddp",
+    "ddp_micro",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero2_offload",
+    *BFLOAT16,
+    "zero2_resume",
+    "zero3_resume",
+    *NAN,
+)
 
 
 def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:

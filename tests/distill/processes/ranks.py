@@ -93,6 +93,9 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
             return curve(out, micro_batch_rows=1)
         case "zero1" | "zero2" | "zero3":
             return curve(out, micro_batch_rows=2, deepspeed=zero(int(name[-1])))
+        case "zero2_offload":
+            more = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+            return curve(out, micro_batch_rows=2, deepspeed=DeepSpeedConfig(stage=2, config=more))
         case "zero3_bfloat16":
             return curve(
                 out,
