@@ -266,7 +266,7 @@ def test_every_mistake_of_a_distillation_is_seen(plan: Planner, data: Path, tmp_
     for part in (
         "loss.temprature is no setting of distill; did you mean loss.temperature?",
         "teachers.big.wieght is no setting of distill; did you mean teachers.big.weight?",
-        "optim.learning_rate must be > 0, got -1",
+        "optim.learning_rate must be > 0 and finite, got -1",
         "the data's sequence_length 64 is more than",
         "has no tokenizer.json",
         "cut short",
