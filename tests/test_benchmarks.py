@@ -1,4 +1,4 @@
-"""A benchmark leaves alone what it did not make."""
+"""A benchmark leaves alone what it did not make, and measures every choice that there is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from conftest import REPOSITORY
+import calibration
+from conftest import REPOSITORY, tiny_model
 from llamita import runs
+from llamita.prune import importance, plan, surgery
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def prune_large(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, with stand-ins for what takes long."""
-    spec = importlib.util.spec_from_file_location("prune_large", REPOSITORY / "benchmarks" / "prune_large.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("prune_large")
 
     def make_model(path: Path) -> None:
         path.mkdir(parents=True)
@@ -64,3 +72,15 @@ def test_only_what_was_made_is_removed(
     (scratch / "thesis.tex").unlink()
     start(prune_large, monkeypatch, str(scratch))
     assert not scratch.exists()
+
+
+def test_every_axis_is_cut_by_every_choice_into_a_model_that_can_be_run(tmp_path: Path) -> None:
+    weights, text = calibration.saved(tiny_model(tie_word_embeddings=False), tmp_path), calibration.text()
+    scores = importance.measure(weights, [text], dtype=torch.float32)
+    asked = list(benchmark("prune_axes").cuts(weights.shape))
+    for _, _, target, kinds in asked:
+        kept = plan.make(scores, weights.shape, target, kinds)
+        assert kept.target.num_parameters < weights.shape.num_parameters
+        assert importance.mean_loss(surgery.Pruned(weights, kept), [text], dtype=torch.float32)
+    choices = {choice for _, choice, _, _ in asked}
+    assert choices >= {*importance.WidthScore, *importance.HiddenScore, *importance.LayerScore, *plan.Tie}
