@@ -166,7 +166,7 @@ def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[
         metrics=training(6.4, 1.21, taught=True),
     )  # fmt: skip
     plain = stage(
-        root / "ce only", "distill", settings={"teachers": {}}, shape=small, parents={"student": pruned},
+        root / "ce_only", "distill", settings={"teachers": {}}, shape=small, parents={"student": pruned},
         metrics=training(6.4, 1.32, taught=False, speed=6.4e5),
     )  # fmt: skip
     random = stage(
@@ -178,10 +178,10 @@ def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[
         "teacher": entry(teacher, big, 1.02, None),
         "pruned": entry(pruned, small, 6.4, 9.0),
         "distilled": entry(distilled, small, 1.21, 0.31),
-        "ce only": entry(plain, small, 1.32, 0.52),
+        "ce_only": entry(plain, small, 1.32, 0.52),
         "random": entry(random, small, 1.36, 0.49),
     }
-    gap = {"first": "distilled", "second": "ce only", "bits_per_byte": value(-0.11, 0.002)}
+    gap = {"first": "distilled", "second": "ce_only", "bits_per_byte": value(-0.11, 0.002)}
     runs.write_json(
         evaluation / "evaluation.json",
         {
@@ -191,7 +191,7 @@ def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[
             "differences": [gap],
         },
     )
-    names = ("teacher", "pruned", "distilled", "ce only", "random", "evaluation")
+    names = ("teacher", "pruned", "distilled", "ce_only", "random", "evaluation")
     return {name: root / name for name in names}
 
 
@@ -357,7 +357,7 @@ def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path)
     """As a run, as a model of an evaluation, as a task, as a setting and as a parent."""
     found = runs.read_json(whole[0]["evaluation"] / "evaluation.json")
     found["models"]["only evaluated " + name] = dict(found["models"].pop("random"), sha256=name, path=name)
-    found["models"]["ce only"]["tasks"] = {name: {"acc": value(0.5), name: value(0.25)}}
+    found["models"]["ce_only"]["tasks"] = {name: {"acc": value(0.5), name: value(0.25)}}
     found["differences"][0]["first"] = name
     evaluation = stage(tmp_path / "evaluation", "evaluate")
     runs.write_json(evaluation / "evaluation.json", found)
@@ -388,7 +388,7 @@ def test_roles_follow_from_lineage(whole: Any) -> None:
         "teacher": Role.teacher,
         "pruned": Role.pruned,
         "distilled": Role.distilled,
-        "ce only": Role.baseline,
+        "ce_only": Role.baseline,
         "random": Role.baseline,
     }
     assert report.result is report.first(Role.distilled)
@@ -416,7 +416,7 @@ def test_the_recovered_share_is_what_its_definition_says(whole: Any) -> None:
     assert share["teacher"] is None
     assert share["pruned"] is None
     assert share["distilled"] == pytest.approx((6.4 - 1.21) / (6.4 - 1.02))
-    assert share["ce only"] == pytest.approx((6.4 - 1.32) / (6.4 - 1.02))
+    assert share["ce_only"] == pytest.approx((6.4 - 1.32) / (6.4 - 1.02))
 
 
 def evaluated(path: Path, models: dict[str, Any], *, rows: int = 128, values: bool = True) -> Path:
@@ -447,7 +447,7 @@ def test_values_of_different_rows_are_never_compared(whole: Any, tmp_path: Path)
     alone = {name: path for name, path in paths.items() if name != "evaluation"} | {"other": other}
     report = gather.gather(alone)
     assert [model.name for model in report.models if model.values] == ["distilled"]
-    assert {curve.model.name for curve in report.curves} == {"distilled", "ce only", "random"}
+    assert {curve.model.name for curve in report.curves} == {"distilled", "ce_only", "random"}
 
 
 def test_an_evaluation_of_weights_that_were_since_replaced_is_not_taken_for_the_new_ones(
@@ -462,13 +462,13 @@ def test_an_evaluation_of_weights_that_were_since_replaced_is_not_taken_for_the_
 def test_content_counts_before_names(whole: Any, tmp_path: Path) -> None:
     """Two directories whose names an evaluation had the other way round."""
     found = {
-        "ce only": entry(whole[0]["distilled"], SMALL, 1.2, 0.3),
-        "distilled": entry(whole[0]["ce only"], SMALL, 1.3, 0.5),
+        "ce_only": entry(whole[0]["distilled"], SMALL, 1.2, 0.3),
+        "distilled": entry(whole[0]["ce_only"], SMALL, 1.3, 0.5),
     }
-    names = ("distilled", "ce only")
+    names = ("distilled", "ce_only")
     report = gather.gather({n: whole[0][n] for n in names} | {"e": evaluated(tmp_path / "e", found)})
     bits = {model.name: model.values["bits_per_byte"].value for model in report.models}
-    assert bits == {"distilled": 1.2, "ce only": 1.3}
+    assert bits == {"distilled": 1.2, "ce_only": 1.3}
 
 
 def test_two_prunings_each_have_their_own_recovery(whole: Any, tmp_path: Path) -> None:
@@ -500,10 +500,10 @@ def test_the_verdict_gives_the_numbers(whole: Any) -> None:
 
 
 def test_a_difference_is_signed_from_the_result(whole: Any) -> None:
-    assert page._gaps(whole[1]) == [{"other": "ce only", "gap": gather.Estimate(-0.11, 0.002)}]
-    turned = dict(whole[1].differences[0], first="ce only", second="distilled")
+    assert page._gaps(whole[1]) == [{"other": "ce_only", "gap": gather.Estimate(-0.11, 0.002)}]
+    turned = dict(whole[1].differences[0], first="ce_only", second="distilled")
     report = dataclasses.replace(whole[1], differences=[turned])
-    assert page._gaps(report) == [{"other": "ce only", "gap": gather.Estimate(0.11, 0.002)}]
+    assert page._gaps(report) == [{"other": "ce_only", "gap": gather.Estimate(0.11, 0.002)}]
 
 
 def test_kept_units_are_those_of_the_plan(whole: Any) -> None:
