@@ -247,11 +247,11 @@ class PackedData:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = False) -> Self:
-        """Open the directory that ``prepare`` wrote; with ``verify`` every shard's content is hashed now as well.
+    def open(cls, path: Path) -> Self:
+        """Open the directory that ``prepare`` wrote; the content of a row is checked when it is read.
 
         Raises:
-            ValueError: it is not a finished data directory, or a file is missing, cut short, changed, or holds token
+            ValueError: it is not a finished data directory, or a file is missing, cut short, or holds token
                 ids outside the vocabulary.
         """
         if not (path / MANIFEST).is_file():
@@ -265,7 +265,7 @@ class PackedData:
             raise ValueError(f"{path / MANIFEST} has format {manifest.get('format')!r}, this program reads {FORMAT}")
         for split in manifest["splits"].values():
             for shard in split["shards"]:
-                _check(path, shard, manifest, verify)
+                _check(path, shard, manifest)
         return cls(path, manifest)
 
     def split(self, name: str) -> Split:
@@ -308,7 +308,7 @@ class PackedData:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], verify: bool) -> None:
+def _check(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     file = path / shard["file"]
     if not file.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path / MANIFEST} names a file outside its directory: {shard['file']!r}")
@@ -324,5 +324,3 @@ def _check(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], ve
         raise ValueError(
             f"{file} holds token id {shard['max_id']}, but the vocabulary has {manifest['vocab_size']} entries"
         )
-    if verify and runs.sha256(file) != shard["sha256"]:
-        raise ValueError(f"{file} has another content than {MANIFEST} says: it was changed")

@@ -95,7 +95,7 @@ def exit_code(prepare: ModuleType, *overrides: str, limit_bytes: int | None = No
 
 def test_every_token_of_every_document_is_there_once(prepare: ModuleType, settings: dict[str, Any]) -> None:
     prepare.run(prepare.Prepare(**settings))
-    data = PackedData.open(settings["out"], verify=True)
+    data = PackedData.open(settings["out"])
     encoder = tokens.TextEncoder(checkpoints.load_tokenizer(data.tokenizer_path))
     wanted = Counter(t for text in set(TEXTS) if text for t in encoder({"text": [text]})["words"][0].tolist())
     assert documents_in(data, "train") + documents_in(data, "validation") == wanted
@@ -279,7 +279,7 @@ def test_a_run_that_is_asked_to_stop_leaves_nothing_half_written(
             prepare.run(prepare.Prepare(**settings))
     assert not {"data.json", "shards", "tokenizer", ".data"} & {path.name for path in settings["out"].glob("*")}
     prepare.run(prepare.Prepare(**settings))
-    PackedData.open(settings["out"], verify=True)
+    PackedData.open(settings["out"])
 
 
 def _say_and_sleep(pipe: Any) -> None:
@@ -345,7 +345,7 @@ def test_the_command_of_the_contract_works(tokenizer_path: Path, tmp_path: Path)
     overrides = [f"source.path={REPOSITORY / 'src'}", f"tokenizer.path={tokenizer_path}", "sequence_length=64"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "typings")}
     subprocess.run([*program, *overrides, f"out={tmp_path}"], env=environment, cwd="/", check=True)
-    assert len(PackedData.open(tmp_path, verify=True).split("train")) > 100
+    assert len(PackedData.open(tmp_path).split("train")) > 100
 
 
 def test_a_mistake_ends_with_64_and_one_message(
