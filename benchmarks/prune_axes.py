@@ -17,7 +17,7 @@ import torch
 
 from llamita import checkpoints
 from llamita.data import loader, shards
-from llamita.prune import importance, plan, surgery
+from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from llamita.prune.plan import Pairs, ScoreConfig, TargetConfig, Tie
 from llamita.shapes import LlamaShape
@@ -65,7 +65,7 @@ def _target(*, of: LlamaShape, **shares: float) -> TargetConfig:
     return TargetConfig(**sizes)
 
 
-def rows(data: shards.PackedData, split: str, number: int) -> list[importance.Batch]:
+def rows(data: shards.PackedData, split: str, number: int) -> list[stream.Batch]:
     """The first rows of a split."""
     return list(loader.Sequential(data.split(split), batch_rows=16, max_rows=number))
 
@@ -83,7 +83,7 @@ def main() -> None:
     scores = importance.measure(weights, rows(data, "train", told.calibration_rows), dtype=exact)
     print(f"torch {torch.__version__}, {weights.shape}")
     print("| cut | by | loss |\n|---|---|---|")
-    print(f"| nothing | | {importance.mean_loss(weights, held_out, dtype=exact):.3f} |", flush=True)
+    print(f"| nothing | | {stream.mean_loss(weights, held_out, dtype=exact):.3f} |", flush=True)
     for axis, choice, target, kinds in cuts(weights.shape):
         kept = plan.make(scores, weights.shape, target, kinds)
         plans = {choice: kept}
@@ -92,7 +92,7 @@ def main() -> None:
                 kept, norm_gain=torch.ones_like(kept.norm_gain)
             )
         for name, one in plans.items():
-            loss = importance.mean_loss(surgery.Pruned(weights, one), held_out, dtype=exact)
+            loss = stream.mean_loss(surgery.Pruned(weights, one), held_out, dtype=exact)
             print(f"| {axis} | {name} | {loss:.3f} |", flush=True)
 
 

@@ -17,7 +17,7 @@ from omegaconf import MISSING
 from llamita import checkpoints, checks, runs
 from llamita.data import loader, shards, tokens
 from llamita.progress import Progress
-from llamita.prune import importance, plan, surgery
+from llamita.prune import importance, plan, stream, surgery
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ Parents = dict[str, tuple[Path, str]]
 """Path and content hash of each directory that was read."""
 
 
-def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tuple[list[importance.Batch], Parents]:
+def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tuple[list[stream.Batch], Parents]:
     """The calibration rows and where they come from.
 
     Raises:
@@ -136,10 +136,10 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
         log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
     batches = loader.Sequential(split, batch_rows=config.batch_rows, max_rows=rows)
     text = [{name: tensor[:, :columns] for name, tensor in batch.items()} for batch in batches]
-    return list[importance.Batch](text), {"calibration": (config.path, data.content_hash)}
+    return list[stream.Batch](text), {"calibration": (config.path, data.content_hash)}
 
 
-def how(config: CalibrationConfig, model: importance.Model) -> dict[str, Any]:
+def how(config: CalibrationConfig, model: stream.Model) -> dict[str, Any]:
     """Arguments of a forward pass: its dtype and its device."""
     dtype = checkpoints.dtype_named(config.dtype) if config.dtype else model.dtype
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,7 @@ def how(config: CalibrationConfig, model: importance.Model) -> dict[str, Any]:
 
 
 def score(
-    config: Prune, weights: checkpoints.Weights, text: list[importance.Batch], parents: Parents, run: runs.Run
+    config: Prune, weights: checkpoints.Weights, text: list[stream.Batch], parents: Parents, run: runs.Run
 ) -> importance.Scores:
     """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones."""
     info: dict[str, Any] = {name: parents[name][1] for name in ("model", "calibration") if name in parents}
@@ -183,14 +183,14 @@ def score(
 
 
 def losses(
-    config: Prune, pruned: surgery.Pruned, text: list[importance.Batch], scores: importance.Scores
+    config: Prune, pruned: surgery.Pruned, text: list[stream.Batch], scores: importance.Scores
 ) -> dict[str, float]:
     """Mean loss on the calibration rows before and after, in nats, where there are rows and a whole head."""
     if not text or pruned.shape.output_rows is not None:
         return {}
-    before, after = scores.info.get("loss"), importance.mean_loss(pruned, text, **how(config.calibration, pruned))
+    before, after = scores.info.get("loss"), stream.mean_loss(pruned, text, **how(config.calibration, pruned))
     if config.scores.path is not None:  # may have been measured on other text
-        before = importance.mean_loss(pruned.model, text, **how(config.calibration, pruned))
+        before = stream.mean_loss(pruned.model, text, **how(config.calibration, pruned))
     return {"loss_before": before, "loss_after": after} if before is not None and after is not None else {}
 
 

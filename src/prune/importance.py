@@ -17,27 +17,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita import checkpoints, runs
+from llamita.prune.stream import Batch, Model, final_norm, forward, loss_sum, real_tokens
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
 
-Batch = Mapping[str, Tensor]
-IGNORE = -100
 FILE = "scores.safetensors"
 FORMAT = 1
 SQUARE_ROWS = 256
-HEAD_CHUNK_ROWS = 8192
-"""Rows of the output matrix whose logits are held at a time: 128 MiB of float32 at hidden size 4096."""
 
 
 class WidthScore(StrEnum):
@@ -67,20 +62,6 @@ class LayerScore(StrEnum):
     """One minus the mean cosine of a layer's input and output (Men et al., 2024, arXiv:2403.03853, eq. 1)."""
     magnitude = "magnitude"
     """Frobenius norm of all the layer's weights."""
-
-
-class Model(Protocol):
-    """Weights that are read layer by layer: a directory's, or what a plan makes of them."""
-
-    @property
-    def config(self) -> LlamaConfig: ...
-    @property
-    def shape(self) -> LlamaShape: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __getitem__(self, name: str, /) -> Tensor: ...
-    def layer(self, index: int, /) -> dict[str, Tensor]: ...
-    def head(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,19 +153,6 @@ class Scores:
         return cls(tensors=tensors, info=info)
 
 
-def real_tokens(batch: Batch, pad_id: int | None = None) -> Tensor:
-    """Which positions [B, S] are not padding.
-
-    Padding is the last document of a row (from where its position ids restart for the last time) when nothing in it
-    is supervised and it holds nothing but ``pad_id``; where that is not known, one token over and over.
-    """
-    ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    last = place >= torch.where(positions == 0, place, 0).amax(1, keepdim=True)
-    text = (labels != IGNORE) | (ids != (ids[:, -1:] if pad_id is None else pad_id))
-    return ~last | (last & text).any(1, keepdim=True)
-
-
 def measure(
     model: Model,
     batches: Iterable[Batch],
@@ -223,14 +191,14 @@ def measure(
         watch(index + 1)
         return kept
 
-    hidden = stream(model, batches, dtype=dtype, device=device, visit=visit)
+    hidden = forward(model, batches, dtype=dtype, device=device, visit=visit)
     tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     final = _final_statistics(model, hidden, masks, device)
     tensors["norm.energy"] = torch.cat([tensors["norm.energy"].flatten(0, 1), final["norm.energy"][None]])
     tensors["norm.epsilon"] = torch.cat([tensors["norm.epsilon"].flatten(), final["norm.epsilon"][None]])
     if "head.covariance" in final:
         tensors["head.covariance"] = final["head.covariance"]
-    total, count = _loss(model, hidden, batches, device)
+    total, count = loss_sum(model, hidden, batches, device)
     extra = {"format": FORMAT, "tokens": num_tokens, "rows": sum(len(mask) for mask in masks), "dtype": str(dtype)}
     loss = total / count if count else None
     scores = Scores(
@@ -257,108 +225,6 @@ def from_weights(model: Model, *, info: Mapping[str, Any] | None = None) -> Scor
     scores = Scores(tensors=tensors, info={"format": FORMAT, "tokens": 0, **(info or {})})
     scores.check_finite()
     return scores
-
-
-def mean_loss(
-    model: Model, batches: Iterable[Batch], *, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> float | None:
-    """Mean next-token cross entropy over the labels of ``batches``, in nats, one layer in memory at a time."""
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    total, count = _loss(model, stream(model, batches, dtype=dtype, device=device), batches, device)
-    return total / count if count else None
-
-
-Visit = Callable[[int, LlamaDecoderLayer, Iterator[Tensor]], list[Tensor]]
-
-
-@torch.no_grad()
-def stream(
-    model: Model,
-    batches: Sequence[Batch],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    visit: Visit | None = None,
-) -> list[Tensor]:
-    """Hidden states [B, S, D] of each batch behind the last layer, before the final norm, on the CPU.
-
-    ``visit(index, layer, outputs)`` may watch each layer: it draws the output of one batch after another, which is
-    computed when it is drawn, and returns them.
-    """
-    config = LlamaConfig.from_dict(model.config.to_dict())
-    config._attn_implementation = "sdpa"
-    rotary = LlamaRotaryEmbedding(config).to(device)
-    embedding = model["model.embed_tokens.weight"]
-    hidden = [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
-    del embedding
-
-    def forward(layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
-        output_BSD: Tensor = layer(
-            states_BSD,
-            attention_mask=create_causal_mask(config, states_BSD, None, None, positions_BS),
-            position_ids=positions_BS,
-            position_embeddings=rotary(states_BSD, positions_BS),
-        )
-        return output_BSD.cpu()
-
-    def outputs(layer: LlamaDecoderLayer, hidden: list[Tensor]) -> Iterator[Tensor]:
-        # Each batch's input goes when its output is there, so that the states are held once, not twice.
-        for batch in batches:
-            yield forward(layer, hidden.pop(0).to(device), batch["position_ids"])
-
-    for index in range(config.num_hidden_layers):
-        layer = _decoder_layer(model, index, config, dtype, device)
-        drawn = outputs(layer, hidden)
-        hidden = visit(index, layer, drawn) if visit else list(drawn)
-        # Let go before the next one is read: two layers would double the memory.
-        del drawn, layer
-    return hidden
-
-
-def _decoder_layer(
-    model: Model, index: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
-) -> LlamaDecoderLayer:
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, layer_idx=0).eval()
-    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in model.layer(index).items()}
-    layer.load_state_dict(tensors, strict=True, assign=True)
-    return layer
-
-
-def _final_norm(model: Model, dtype: torch.dtype, device: torch.device | str) -> LlamaRMSNorm:
-    norm = LlamaRMSNorm(model.shape.hidden_size, eps=model.config.rms_norm_eps)
-    norm.weight = nn.Parameter(model["model.norm.weight"].to(device=device, dtype=dtype), requires_grad=False)
-    return norm
-
-
-@torch.no_grad()
-def _loss(
-    model: Model, hidden: Sequence[Tensor], batches: Sequence[Batch], device: torch.device | str
-) -> tuple[float, int]:
-    """Sum of the cross entropy over labels, and their number; logits of a slice of the vocabulary at a time.
-
-    What the head reads stays on the CPU, and is on ``device`` one batch at a time.
-    """
-    dtype = hidden[0].dtype
-    norm, head = _final_norm(model, dtype, device), model.head()
-    labels = [batch["labels"][:, 1:] for batch in batches]
-    states = [norm(h[:, :-1][t.cpu() != IGNORE].to(device)).cpu() for h, t in zip(hidden, labels, strict=True)]
-    targets = [t[t != IGNORE] for t in labels]
-    log_sums = [torch.full(t.shape, -math.inf, dtype=torch.float64, device=device) for t in targets]
-    chosen = [torch.zeros(t.shape, dtype=torch.float64, device=device) for t in targets]
-    for first in range(0, len(head), HEAD_CHUNK_ROWS):
-        rows_VD = head[first : first + HEAD_CHUNK_ROWS].to(device=device, dtype=dtype)
-        for number, target_T in enumerate(targets):
-            if len(target_T) == 0:
-                continue
-            logits_TV = functional.linear(states[number].to(device), rows_VD)
-            logits_TV = logits_TV if dtype == torch.float64 else logits_TV.float()
-            log_sums[number] = torch.logaddexp(log_sums[number], logits_TV.logsumexp(1).double())
-            inside = (target_T >= first) & (target_T < first + len(rows_VD))
-            local = (target_T - first).clamp(0, len(rows_VD) - 1)[:, None]
-            chosen[number] += torch.where(inside, logits_TV.gather(1, local)[:, 0].double(), 0.0)
-    total = sum(float((a - b).sum()) for a, b in zip(log_sums, chosen, strict=True))
-    return total, sum(len(t) for t in targets)
 
 
 def _accumulation(x: Tensor) -> Tensor:
@@ -477,7 +343,7 @@ def _final_statistics(
     model: Model, hidden: Sequence[Tensor], masks: Sequence[Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
     """Energies at the final norm and, for an untied model, the covariance of what its head reads."""
-    norm = _final_norm(model, hidden[0].dtype, device)
+    norm = final_norm(model, hidden[0].dtype, device)
     sums: dict[str, Tensor] = {}
     for states_BSD, mask_BS in zip(hidden, masks, strict=True):
         states_BSD = states_BSD.to(device)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llamita import checkpoints
-from llamita.prune.importance import Model
 from llamita.prune.plan import COVARIANCE_WEIGHT, Plan, Rope, Tie
+from llamita.prune.stream import Model
 from llamita.shapes import LlamaShape
 
 CHUNK_ROWS = 16384

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from calibration import IGNORE, Batch, padded, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
-from llamita.prune import importance
+from llamita.prune import importance, stream
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def dense_inputs(model: LlamaForCausalLM, batch: Batch) -> tuple[dict[nn.Module,
 def test_streamed_forward_is_the_whole_models(double: LlamaForCausalLM, weights: checkpoints.Weights) -> None:
     batch = text()
     seen, _ = dense_inputs(double, batch)
-    (streamed,) = importance.stream(weights, [batch], dtype=torch.float64)
+    (streamed,) = stream.forward(weights, [batch], dtype=torch.float64)
     torch.testing.assert_close(streamed, seen[double.model.norm][0], rtol=0, atol=0)
 
 
@@ -56,26 +56,26 @@ def test_streamed_loss_is_the_whole_models(double: LlamaForCausalLM, weights: ch
     _, logits = dense_inputs(double, batch)
     dense = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(1), slice(1, 4))]
-    assert importance.mean_loss(weights, parts, dtype=torch.float64) == pytest.approx(float(dense), rel=1e-12)
+    assert stream.mean_loss(weights, parts, dtype=torch.float64) == pytest.approx(float(dense), rel=1e-12)
     assert importance.measure(weights, parts, dtype=torch.float64).info["loss"] == pytest.approx(
         float(dense), rel=1e-12
     )
 
 
 def test_the_loss_reads_the_vocabulary_in_slices(weights: checkpoints.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = importance.mean_loss(weights, [text()], dtype=torch.float64)
+    whole = stream.mean_loss(weights, [text()], dtype=torch.float64)
     for rows in (1, 7, 50):  # with one row at a time every label lies on a border
-        monkeypatch.setattr(importance, "HEAD_CHUNK_ROWS", rows)
-        assert importance.mean_loss(weights, [text()], dtype=torch.float64) == pytest.approx(whole, rel=1e-12)
+        monkeypatch.setattr(stream, "HEAD_CHUNK_ROWS", rows)
+        assert stream.mean_loss(weights, [text()], dtype=torch.float64) == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_loss_of_bfloat16_logits_is_not_itself_in_bfloat16(weights: checkpoints.Weights) -> None:
     batch = text()
-    (states,) = importance.stream(weights, [batch], dtype=torch.bfloat16)
-    norm = importance._final_norm(weights, torch.bfloat16, "cpu")
+    (states,) = stream.forward(weights, [batch], dtype=torch.bfloat16)
+    norm = stream.final_norm(weights, torch.bfloat16, "cpu")
     logits = nn.functional.linear(norm(states[:, :-1]), weights.head().bfloat16()).double()
     dense = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    assert importance.mean_loss(weights, [batch], dtype=torch.bfloat16) == pytest.approx(float(dense), rel=1e-6)
+    assert stream.mean_loss(weights, [batch], dtype=torch.bfloat16) == pytest.approx(float(dense), rel=1e-6)
 
 
 def minitron(x_BSC: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def test_block_influence_in_bfloat16_is_that_of_the_states(weights: checkpoints.
         states.extend(kept := list(outputs))
         return kept
 
-    importance.stream(weights, [text()], dtype=torch.bfloat16, visit=visit)
+    stream.forward(weights, [text()], dtype=torch.bfloat16, visit=visit)
     scores = importance.measure(weights, [text()], dtype=torch.bfloat16)
     for index, (before, after) in enumerate(itertools.pairwise(states)):
         cosine = nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).mean()
@@ -301,7 +301,7 @@ def test_one_layer_is_read_at_a_time(weights: checkpoints.Weights, monkeypatch: 
     import weakref
 
     alive: list[weakref.ref[nn.Module]] = []
-    made = importance._decoder_layer
+    made = stream.decoder_layer
 
     def watched(*arguments: Any) -> Any:
         assert all(reference() is None for reference in alive)
@@ -309,9 +309,9 @@ def test_one_layer_is_read_at_a_time(weights: checkpoints.Weights, monkeypatch: 
         alive.append(weakref.ref(layer))
         return layer
 
-    monkeypatch.setattr(importance, "_decoder_layer", watched)
+    monkeypatch.setattr(stream, "decoder_layer", watched)
     importance.measure(weights, [text(), text(seed=1)], dtype=torch.float32)
-    importance.mean_loss(weights, [text()], dtype=torch.float32)
+    stream.mean_loss(weights, [text()], dtype=torch.float32)
     assert len(alive) == 6
 
 
@@ -330,7 +330,7 @@ def test_hidden_states_are_held_once(weights: checkpoints.Weights) -> None:
         return kept
 
     batches = [text(rows=1, seed=seed) for seed in range(3)]
-    assert len(importance.stream(weights, batches, dtype=torch.float32, visit=visit)) == 3
+    assert len(stream.forward(weights, batches, dtype=torch.float32, visit=visit)) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

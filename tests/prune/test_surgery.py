@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForTokenClassification
 from calibration import Batch, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
-from llamita.prune import importance, plan, surgery
+from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from llamita.prune.plan import Pairs, Plan, ScoreConfig, TargetConfig, Tie
 
@@ -329,7 +329,7 @@ def test_a_pruned_view_runs_as_its_files_do(tmp_path: Path) -> None:
     view = surgery.Pruned(weights, plan.make(scores, weights.shape, target, MEASURED))
     write(view, tmp_path / "pruned")
     of_view, of_files = (
-        importance.mean_loss(model, [text()], dtype=torch.float32)
+        stream.mean_loss(model, [text()], dtype=torch.float32)
         for model in (view, checkpoints.Weights(tmp_path / "pruned"))
     )
     assert of_view == of_files

@@ -1,0 +1,155 @@
+"""A Llama run one decoder layer at a time: the weights of a layer are read, used and dropped.
+
+Hidden states of all rows stay in memory between the layers, on the CPU.
+
+Shape letters: B = rows, S = positions, T = tokens that are not padding, D = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from llamita.shapes import LlamaShape
+
+Batch = Mapping[str, Tensor]
+IGNORE = -100
+HEAD_CHUNK_ROWS = 8192
+"""Rows of the output matrix whose logits are held at a time: 128 MiB of float32 at hidden size 4096."""
+
+
+class Model(Protocol):
+    """Weights that are read layer by layer: a directory's, or what a plan makes of them."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def shape(self) -> LlamaShape: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def layer(self, index: int, /) -> dict[str, Tensor]: ...
+    def head(self) -> Tensor: ...
+
+
+def real_tokens(batch: Batch, pad_id: int | None = None) -> Tensor:
+    """Which positions [B, S] are not padding.
+
+    Padding is the last document of a row (from where its position ids restart for the last time) when nothing in it
+    is supervised and it holds nothing but ``pad_id``; where that is not known, one token over and over.
+    """
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = place >= torch.where(positions == 0, place, 0).amax(1, keepdim=True)
+    text = (labels != IGNORE) | (ids != (ids[:, -1:] if pad_id is None else pad_id))
+    return ~last | (last & text).any(1, keepdim=True)
+
+
+def mean_loss(
+    model: Model, batches: Iterable[Batch], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> float | None:
+    """Mean next-token cross entropy over the labels of ``batches``, in nats, one layer in memory at a time."""
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    total, count = loss_sum(model, forward(model, batches, dtype=dtype, device=device), batches, device)
+    return total / count if count else None
+
+
+Visit = Callable[[int, LlamaDecoderLayer, Iterator[Tensor]], list[Tensor]]
+
+
+@torch.no_grad()
+def forward(
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    visit: Visit | None = None,
+) -> list[Tensor]:
+    """Hidden states [B, S, D] of each batch behind the last layer, before the final norm, on the CPU.
+
+    ``visit(index, layer, outputs)`` may watch each layer: it draws the output of one batch after another, which is
+    computed when it is drawn, and returns them.
+    """
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config._attn_implementation = "sdpa"
+    rotary = LlamaRotaryEmbedding(config).to(device)
+    embedding = model["model.embed_tokens.weight"]
+    hidden = [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
+    del embedding
+
+    def through(layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        output_BSD: Tensor = layer(
+            states_BSD,
+            attention_mask=create_causal_mask(config, states_BSD, None, None, positions_BS),
+            position_ids=positions_BS,
+            position_embeddings=rotary(states_BSD, positions_BS),
+        )
+        return output_BSD.cpu()
+
+    def outputs(layer: LlamaDecoderLayer, hidden: list[Tensor]) -> Iterator[Tensor]:
+        # Each batch's input goes when its output is there, so that the states are held once, not twice.
+        for batch in batches:
+            yield through(layer, hidden.pop(0).to(device), batch["position_ids"])
+
+    for index in range(config.num_hidden_layers):
+        layer = decoder_layer(model, index, config, dtype, device)
+        drawn = outputs(layer, hidden)
+        hidden = visit(index, layer, drawn) if visit else list(drawn)
+        # Let go before the next one is read: two layers would double the memory.
+        del drawn, layer
+    return hidden
+
+
+def decoder_layer(
+    model: Model, index: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
+) -> LlamaDecoderLayer:
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, layer_idx=0).eval()
+    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in model.layer(index).items()}
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer
+
+
+def final_norm(model: Model, dtype: torch.dtype, device: torch.device | str) -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(model.shape.hidden_size, eps=model.config.rms_norm_eps)
+    norm.weight = nn.Parameter(model["model.norm.weight"].to(device=device, dtype=dtype), requires_grad=False)
+    return norm
+
+
+@torch.no_grad()
+def loss_sum(
+    model: Model, hidden: Sequence[Tensor], batches: Sequence[Batch], device: torch.device | str
+) -> tuple[float, int]:
+    """Sum of the cross entropy over labels, and their number; logits of a slice of the vocabulary at a time.
+
+    What the head reads stays on the CPU, and is on ``device`` one batch at a time.
+    """
+    dtype = hidden[0].dtype
+    norm, head = final_norm(model, dtype, device), model.head()
+    labels = [batch["labels"][:, 1:] for batch in batches]
+    states = [norm(h[:, :-1][t.cpu() != IGNORE].to(device)).cpu() for h, t in zip(hidden, labels, strict=True)]
+    targets = [t[t != IGNORE] for t in labels]
+    log_sums = [torch.full(t.shape, -math.inf, dtype=torch.float64, device=device) for t in targets]
+    chosen = [torch.zeros(t.shape, dtype=torch.float64, device=device) for t in targets]
+    for first in range(0, len(head), HEAD_CHUNK_ROWS):
+        rows_VD = head[first : first + HEAD_CHUNK_ROWS].to(device=device, dtype=dtype)
+        for number, target_T in enumerate(targets):
+            if len(target_T) == 0:
+                continue
+            logits_TV = functional.linear(states[number].to(device), rows_VD)
+            logits_TV = logits_TV if dtype == torch.float64 else logits_TV.float()
+            log_sums[number] = torch.logaddexp(log_sums[number], logits_TV.logsumexp(1).double())
+            inside = (target_T >= first) & (target_T < first + len(rows_VD))
+            local = (target_T - first).clamp(0, len(rows_VD) - 1)[:, None]
+            chosen[number] += torch.where(inside, logits_TV.gather(1, local)[:, 0].double(), 0.0)
+    total = sum(float((a - b).sum()) for a, b in zip(log_sums, chosen, strict=True))
+    return total, sum(len(t) for t in targets)
