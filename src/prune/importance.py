@@ -25,14 +25,17 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita import checkpoints, runs
-from llamita.prune.stream import Batch, Model, final_norm, forward, loss_sum, real_tokens
+from llamita.prune import obs
+from llamita.prune.stream import Batch, Model, forward, loss_sum, mean, real_tokens, summed
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
 
 FILE = "scores.safetensors"
-FORMAT = 1
+FORMAT = 2
 SQUARE_ROWS = 256
+RIDGE = 1e-4
+"""Damping of second-order scores, in means of the covariance's diagonal."""
 
 
 class WidthScore(StrEnum):
@@ -44,6 +47,16 @@ class WidthScore(StrEnum):
     """L2 norm over tokens times the norm of the unit's output column (Sun et al., 2023, arXiv:2306.11695)."""
     magnitude = "magnitude"
     """Product of the norms of the unit's weights; needs no calibration text."""
+    obs = "obs"
+    """When the unit leaves if at every step that one does whose absence the others, fitted anew, can best make up for
+    (Hassibi and Stork, 1993; see :mod:`llamita.prune.obs`). Heads and KV heads leave as blocks."""
+    leverage = "leverage"
+    """Ridge leverage of the unit among the others (Lin et al., 2024, arXiv:2408.09632)."""
+
+    @property
+    def second_order(self) -> bool:
+        """Whether it needs the covariance of all units of a layer."""
+        return self in (WidthScore.obs, WidthScore.leverage)
 
 
 class HiddenScore(StrEnum):
@@ -53,6 +66,9 @@ class HiddenScore(StrEnum):
     """As for widths, at the outputs of both norms of each layer, summed over norms (arXiv:2407.14679, section 2)."""
     magnitude = "magnitude"
     """Energy that the weights write into the channel times energy of the weights that read it."""
+    pca = "pca"
+    """Not channels but directions: one rotation of the whole stream to its principal components, the first of which
+    stay (Ashkboos et al., 2024, arXiv:2401.15024, section 3.3, with one rotation for all layers)."""
 
 
 class LayerScore(StrEnum):
@@ -71,10 +87,13 @@ class Scores:
     - ``layers.block_influence``, ``layers.magnitude`` [L]
     - ``mlp.activation``, ``mlp.norm_product``, ``mlp.magnitude`` [L, F]
     - ``attention.activation``, ``attention.norm_product``, ``attention.magnitude`` [L, H, head_dim]: inputs of o_proj
+    - where asked for, ``mlp.obs``, ``mlp.leverage`` [L, F], ``attention.leverage`` [L, H, head_dim], ``heads.obs``
+      [L, H] and ``groups.obs`` [L, K], a KV head with its query heads
     - ``hidden.activation``, ``hidden.magnitude`` [L, 2, D]: outputs of the two norms of each layer
     - ``rotary.query`` [L, H, head_dim / 2], ``rotary.key`` [L, K, head_dim / 2]: mean energy of each rotary pair
     - ``norm.energy`` [2 L + 1, D], ``norm.epsilon`` [2 L + 1]: see :func:`norm_gain`; the final norm comes last
-    - ``head.covariance`` [D, D], float32, of an untied model: mean outer product of the final norm's output
+    - ``directions.vectors`` [D, D], ``directions.energy`` [D]: see :func:`principal_directions`
+    - ``head.covariance`` [D, D], float32: mean outer product of the final norm's output before its gain
 
     Without calibration text only the magnitudes are there, and ``norm`` is their estimate.
     """
@@ -160,53 +179,69 @@ def measure(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     pad_id: int | None = None,
+    second_order: bool = False,
     info: Mapping[str, Any] | None = None,
     watch: Callable[[int], None] = lambda layer: None,
 ) -> Scores:
     """Run ``batches`` through ``model`` once and return the scores of all its units.
 
-    Batches stay whole in memory, so give as many as are wanted. The forward pass runs in ``dtype`` on ``device``;
-    sums over tokens are float32 (float64 for ``dtype=float64``) within a row and float64 over rows. ``watch`` is told
-    how many layers are done.
+    Batches stay whole in memory, so give as many as are wanted; where there are several processes each gives its own,
+    and all get the scores of all. The forward pass runs in ``dtype`` on ``device``; sums over tokens are float32
+    (float64 for ``dtype=float64``) within a row and float64 over rows. ``second_order`` adds ``obs`` and ``leverage``,
+    which hold two matrices of [F, F] in float64 on the device. ``watch`` is told how many layers are done.
 
     Raises:
         ValueError: there is no token to measure on, or what is measured is not finite.
     """
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     masks = [real_tokens(batch, pad_id) for batch in batches]
-    num_tokens = sum(int(mask.sum()) for mask in masks)
+    sizes = [sum(int(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)]
+    num_tokens, num_rows = (int(size) for size in summed(torch.tensor(sizes, device=device)))
     if num_tokens == 0:
         raise ValueError("the calibration set holds no token that is not padding")
     shape = model.shape
     weights = _WeightScores(model)
     layers: list[dict[str, Tensor]] = []
+    stream_DD = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device)
 
     def visit(index: int, layer: LlamaDecoderLayer, outputs: Iterator[Tensor]) -> list[Tensor]:
         kept = []
-        with _LayerStatistics(layer, shape) as statistics:
+        with _LayerStatistics(layer, shape, second_order=second_order) as statistics:
             for mask, output in zip(masks, outputs, strict=True):
                 statistics.update(mask)
                 kept.append(output)
-        layers.append(statistics.scores() | weights.layer(dict(layer.named_parameters())))
+        scores = statistics.scores(num_tokens)
+        stream_DD.add_(scores.pop("stream"))
+        layers.append(scores | weights.layer(dict(layer.named_parameters())))
         watch(index + 1)
         return kept
 
     hidden = forward(model, batches, dtype=dtype, device=device, visit=visit)
-    tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    final = _final_statistics(model, hidden, masks, device)
-    tensors["norm.energy"] = torch.cat([tensors["norm.energy"].flatten(0, 1), final["norm.energy"][None]])
-    tensors["norm.epsilon"] = torch.cat([tensors["norm.epsilon"].flatten(), final["norm.epsilon"][None]])
-    if "head.covariance" in final:
-        tensors["head.covariance"] = final["head.covariance"]
-    total, count = loss_sum(model, hidden, batches, device)
-    extra = {"format": FORMAT, "tokens": num_tokens, "rows": sum(len(mask) for mask in masks), "dtype": str(dtype)}
-    loss = total / count if count else None
+    tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}
+    head_DD, epsilon = _final_statistics(model, hidden, masks, num_tokens, device)
+    tensors["norm.energy"] = torch.cat([tensors["norm.energy"].flatten(0, 1), head_DD.diagonal()[None].cpu()])
+    tensors["norm.epsilon"] = torch.cat([tensors["norm.epsilon"].flatten(), epsilon[None].cpu()])
+    tensors["head.covariance"] = head_DD.float()
+    mean_DD = (stream_DD + head_DD) / len(tensors["norm.energy"])
+    tensors["directions.vectors"], tensors["directions.energy"] = principal_directions(mean_DD)
+    extra = {"format": FORMAT, "tokens": num_tokens, "rows": num_rows, "dtype": str(dtype)}
+    loss = mean(loss_sum(model, hidden, batches, device), device)
     scores = Scores(
         tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         info={**extra, "loss": loss, **(info or {})},
     )
     scores.check_finite()
     return scores
+
+
+def principal_directions(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors [D, D], column by column, and eigenvalues [D], falling.
+
+    The covariance is that of the normalised stream, x x^T / (mean x^2 + eps), on average over all norms and tokens:
+    what a norm's readers see, so that neither a late layer's large states nor a token of huge norm outweigh the others.
+    """
+    energy_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+    return vectors_DD.flip(1), energy_D.flip(0).clamp(min=0)
 
 
 def from_weights(model: Model, *, info: Mapping[str, Any] | None = None) -> Scores:
@@ -249,25 +284,27 @@ def _energy(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
     return torch.einsum("bs,bsc->bc", mask_BS.to(x_BSC.dtype), x_BSC.square()).double().sum(0)
 
 
-def _norm_statistics(x_BSD: Tensor, mask_BS: Tensor, epsilon: float) -> dict[str, Tensor]:
-    """Sums over tokens of x_c^2 / (mean x^2 + eps) per channel, and of eps / (mean x^2 + eps)."""
-    x_BSD = _accumulation(x_BSD)
-    inverse_BS = 1 / (x_BSD.square().mean(-1) + epsilon)
-    return {
-        "norm.energy": _energy(x_BSD, mask_BS * inverse_BS),
-        "norm.epsilon": (epsilon * inverse_BS * mask_BS).double().sum(),
-    }
+def _norm_statistics(x_BSD: Tensor, mask_BS: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of x x^T / (mean x^2 + eps) and of eps / (mean x^2 + eps)."""
+    x_TD = _accumulation(x_BSD[mask_BS])
+    inverse_T = 1 / (x_TD.square().mean(-1) + epsilon)
+    return covariance(x_TD * inverse_T.sqrt()[:, None]), (epsilon * inverse_T).double().sum()
+
+
+def covariance(x_TC: Tensor) -> Tensor:
+    """Sum over tokens of x x^T [C, C], in float64."""
+    return (x_TC.T @ x_TC).double()
 
 
 class _LayerStatistics:
     """Watches one decoder layer through hooks and sums what its tensors are over tokens."""
 
-    def __init__(self, layer: LlamaDecoderLayer, shape: LlamaShape) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, shape: LlamaShape, *, second_order: bool) -> None:
         self._layer = layer
         self._shape = shape
+        self._second_order = second_order
         self._seen: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._tokens = 0
         self._epsilon = layer.input_layernorm.variance_epsilon
 
     def __enter__(self) -> _LayerStatistics:
@@ -298,66 +335,80 @@ class _LayerStatistics:
         return hook
 
     def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value
 
     def update(self, mask_BS: Tensor) -> None:
         """Add the tokens of the batch that just went through the layer."""
         seen, shape = self._seen, self._shape
-        self._tokens += int(mask_BS.sum())
         cosine_BS = functional.cosine_similarity(_accumulation(seen["in"]), _accumulation(seen["out"]), dim=-1)
         self._add("cosine", cosine_BS[mask_BS].double().sum())
         for unit in ("mlp", "heads"):
             self._add(f"{unit}.mean", _mean_magnitude(seen[unit], mask_BS))
             self._add(f"{unit}.energy", _energy(seen[unit], mask_BS))
+            if self._second_order:
+                self._add(f"{unit}.covariance", covariance(_accumulation(seen[unit][mask_BS])))
         for norm in ("0", "1"):
             self._add(f"norm.{norm}.mean", _mean_magnitude(seen[f"norm_out.{norm}"], mask_BS))
-            for name, value in _norm_statistics(seen[f"norm_in.{norm}"], mask_BS, self._epsilon).items():
-                self._add(f"{norm}.{name}", value)
+            covariance_DD, epsilon = _norm_statistics(seen[f"norm_in.{norm}"], mask_BS, self._epsilon)
+            self._add("stream", covariance_DD)
+            self._add(f"{norm}.energy", covariance_DD.diagonal().clone())
+            self._add(f"{norm}.epsilon", epsilon)
         for unit in ("query", "key"):
             # Half-split layout: a pair is channels (j, j + head_dim / 2) of its head; turning it keeps its norm.
             halves = _energy(seen[unit], mask_BS).view(-1, 2, shape.head_dim // 2)
             self._add(unit, halves.sum(1))
         self._seen.clear()
 
-    def scores(self) -> dict[str, Tensor]:
-        """The scores that text gives."""
+    def scores(self, num_tokens: int) -> dict[str, Tensor]:
+        """The scores that ``num_tokens`` tokens give, and ``stream``, the mean of x x^T / (mean x^2 + eps) summed over
+        both norms."""
         sums, heads = self._sums, (self._shape.num_attention_heads, self._shape.head_dim)
+        for value in sums.values():
+            summed(value)
         down, out = self._layer.mlp.down_proj.weight, self._layer.self_attn.o_proj.weight
-        norms = [{name: sums[f"{i}.{name}"] / self._tokens for name in ("norm.energy", "norm.epsilon")} for i in (0, 1)]
-        return {
-            "layers.block_influence": 1 - sums["cosine"] / self._tokens,
+        scores = {
+            "layers.block_influence": 1 - sums["cosine"] / num_tokens,
             "mlp.activation": sums["mlp.mean"].sqrt(),
             "mlp.norm_product": (sums["mlp.energy"] * _square_sums(down)[1]).sqrt(),
             "attention.activation": sums["heads.mean"].sqrt().view(heads),
             "attention.norm_product": (sums["heads.energy"] * _square_sums(out)[1]).sqrt().view(heads),
             "hidden.activation": torch.stack([sums["norm.0.mean"], sums["norm.1.mean"]]).sqrt(),
-            "rotary.query": sums["query"] / self._tokens,
-            "rotary.key": sums["key"] / self._tokens,
-            "norm.energy": torch.stack([norm["norm.energy"] for norm in norms]),
-            "norm.epsilon": torch.stack([norm["norm.epsilon"] for norm in norms]),
+            "rotary.query": sums["query"] / num_tokens,
+            "rotary.key": sums["key"] / num_tokens,
+            "norm.energy": torch.stack([sums["0.energy"], sums["1.energy"]]) / num_tokens,
+            "norm.epsilon": torch.stack([sums["0.epsilon"], sums["1.epsilon"]]) / num_tokens,
+            "stream": sums["stream"] / num_tokens,
+        }
+        return scores | (self._second_order_scores() if self._second_order else {})
+
+    def _second_order_scores(self) -> dict[str, Tensor]:
+        shape, heads_FF, mlp_FF = self._shape, self._sums.pop("heads.covariance"), self._sums.pop("mlp.covariance")
+        down, out = self._layer.mlp.down_proj.weight, self._layer.self_attn.o_proj.weight
+        keys, queries = shape.num_key_value_heads, shape.num_attention_heads
+        heads, _ = obs.block_order(heads_FF, out, blocks=queries, families=keys, ridge=RIDGE)
+        groups, _ = obs.block_order(heads_FF, out, blocks=keys, families=1, ridge=RIDGE)
+        units, _ = obs.unit_order(mlp_FF, down, ridge=RIDGE)
+        return {
+            "mlp.obs": obs.ranks(units),
+            "mlp.leverage": obs.leverage(mlp_FF, ridge=RIDGE),
+            "heads.obs": obs.ranks(heads),
+            "groups.obs": obs.ranks(groups),
+            "attention.leverage": obs.leverage(heads_FF, ridge=RIDGE).view(queries, shape.head_dim),
         }
 
 
 @torch.no_grad()
 def _final_statistics(
-    model: Model, hidden: Sequence[Tensor], masks: Sequence[Tensor], device: torch.device | str
-) -> dict[str, Tensor]:
-    """Energies at the final norm and, for an untied model, the covariance of what its head reads."""
-    norm = final_norm(model, hidden[0].dtype, device)
-    sums: dict[str, Tensor] = {}
-    for states_BSD, mask_BS in zip(hidden, masks, strict=True):
-        states_BSD = states_BSD.to(device)
-        parts = _norm_statistics(states_BSD, mask_BS, norm.variance_epsilon)
-        if not model.shape.tie_word_embeddings:
-            read_TD = _accumulation(norm(states_BSD)[mask_BS])
-            parts["head.covariance"] = (read_TD.T @ read_TD).double()
-        for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else value
-    num_tokens = sum(int(mask.sum()) for mask in masks)
-    means = {name: value / num_tokens for name, value in sums.items()}
-    if "head.covariance" in means:
-        means["head.covariance"] = means["head.covariance"].float()
-    return means
+    model: Model, hidden: Sequence[Tensor], masks: Sequence[Tensor], num_tokens: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Means over tokens of x x^T / (mean x^2 + eps) and of eps / (mean x^2 + eps) at the final norm."""
+    epsilon = model.config.rms_norm_eps
+    parts = [_norm_statistics(x.to(device), mask, epsilon) for x, mask in zip(hidden, masks, strict=True)]
+    covariances, epsilons = zip(*parts, strict=True)
+    return summed(sum(covariances)) / num_tokens, summed(sum(epsilons)) / num_tokens
 
 
 def _square_sums(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from llamita import checkpoints
+from llamita.prune.basis import Basis
 from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
 from llamita.shapes import LlamaShape
 
 FILE = "plan.safetensors"
-FORMAT = 1
-COVARIANCE_WEIGHT = 4.0
-"""Pull towards the embedding where two matrices become one, in mean eigenvalues of the head input's covariance."""
+FORMAT = 2
 
 
 class Rope(StrEnum):
@@ -40,7 +39,7 @@ class Tie(StrEnum):
     """How an embedding E and an output matrix U become one matrix."""
 
     least_squares = "least_squares"
-    """(a E + U C) (a I + C)^-1: U where the head's input, of covariance C, has energy, E elsewhere. Needs text."""
+    """U where the head's input has energy, E elsewhere; see :func:`llamita.prune.tie.tied`. Needs text."""
     mean = "mean"
     embedding = "embedding"
     head = "head"
@@ -110,6 +109,11 @@ class ScoreConfig:
     hidden: HiddenScore = HiddenScore.activation
     layers: LayerScore = LayerScore.block_influence
 
+    @property
+    def second_order(self) -> bool:
+        """Whether an axis is ranked by the covariance of all units of a layer."""
+        return self.mlp.second_order or self.attention.second_order
+
     def have_text(self, *, calibrated: bool) -> bool:
         """Whether the scores will be of text: those of ``path`` where it is set, else measured if ``calibrated``.
 
@@ -176,7 +180,8 @@ def check_wanted(
     }
     if target.pairs is Pairs.strongest and shape.head_dim != source.head_dim:
         instead["target.pairs=strongest"] = "target.pairs=first"
-    if _tie(None, source, shape, target) is Tie.least_squares:
+    rotated = kinds.hidden is HiddenScore.pca and shape.hidden_size != source.hidden_size
+    if _tie(None, source, shape, target, rotated=rotated) is Tie.least_squares:
         instead["target.tie=least_squares"] = "target.tie=mean"
     if instead:
         measured = f"{', '.join(instead)} {'is' if len(instead) == 1 else 'are'} measured on text"
@@ -239,7 +244,7 @@ class Plan:
     layers: Tensor
     """[L]"""
     hidden: Tensor
-    """[D], one set for the whole residual stream."""
+    """[D], one set for the whole residual stream; where it is rotated, the first principal directions."""
     mlp: Tensor
     """[L, F]"""
     heads: Tensor
@@ -257,10 +262,17 @@ class Plan:
     rope: Rope = Rope.parent
     tie: Tie | None = None
     """How two matrices become one; ``None`` where the result has as many as the source, or two copies of one."""
+    rotation: Tensor | None = None
+    """[hidden size of the source, D], orthonormal columns: the directions that stay, instead of channels."""
     head_covariance: Tensor | None = None
-    """[D, D], for ``tie=least_squares``."""
+    """[hidden size of the source, the same] of the final norm's output before its gain, for ``tie=least_squares``."""
     scores: dict[str, str] = field(default_factory=dict)
     """By what each axis was ranked."""
+
+    @property
+    def basis(self) -> Basis:
+        """The axes of the residual stream that stay."""
+        return Basis(self.hidden, self.rotation)
 
     @property
     def query_scale(self) -> float:
@@ -314,8 +326,8 @@ class Plan:
             raise ValueError(f"plans of different sources have nothing in common: {self.source} and {other.source}")
         shares: dict[str, float] = {}
         theirs = {layer: row for row, layer in enumerate(other.layers.tolist())}
-        for name in ("layers", "hidden"):
-            shares[name] = _share(getattr(self, name), getattr(other, name))
+        shares["layers"] = _share(self.layers, other.layers)
+        shares["hidden"] = self.basis.share(other.basis, self.source.hidden_size)
         mine, others = self._by_layer(), other._by_layer()
         for name, rows in mine.items():
             parts = [
@@ -383,10 +395,9 @@ def make(scores: Scores | None, source: LlamaShape, target: TargetConfig, kinds:
     hidden = _hidden(scores, source, shape, layers, kinds)
     mlp = _mlp(scores, source, shape, layers, kinds)
     kv_heads, heads = _heads(scores, source, shape, layers, kinds)
-    tie = _tie(scores, source, shape, target)
-    covariance = None
-    if tie is Tie.least_squares:
-        covariance = _measured(scores)["head.covariance"][hidden][:, hidden].contiguous()
+    rotation = _rotation(scores, source, shape, kinds)
+    tie = _tie(scores, source, shape, target, rotated=rotation is not None)
+    covariance = _measured(scores)["head.covariance"] if tie is Tie.least_squares else None
     rows = None if target.output_rows is None else torch.tensor(target.output_rows)
     return Plan(
         source=source,
@@ -398,10 +409,11 @@ def make(scores: Scores | None, source: LlamaShape, target: TargetConfig, kinds:
         kv_heads=kv_heads,
         pairs=_pairs(scores, source, shape, layers, heads, kv_heads, target.pairs),
         values=_values(scores, source, shape, layers, heads, kv_heads, kinds),
-        norm_gain=_gains(scores, source, layers, hidden),
+        norm_gain=_gains(scores, source, layers, hidden, rotated=rotation is not None),
         output_rows=rows,
         rope=target.rope,
         tie=tie,
+        rotation=rotation,
         head_covariance=covariance,
         scores={name: str(getattr(kinds, name)) for name in ("mlp", "attention", "hidden", "layers")},
     )
@@ -430,11 +442,17 @@ def _layers(
 
 
 def _hidden(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
-    """Channels by their score summed over both norms of the layers that stay."""
-    if shape.hidden_size == source.hidden_size:
-        return torch.arange(source.hidden_size)
+    """Channels by their score summed over both norms of the layers that stay; of directions, which fall, the first."""
+    if shape.hidden_size == source.hidden_size or kinds.hidden is HiddenScore.pca:
+        return torch.arange(shape.hidden_size)
     score = _measured(scores)[f"hidden.{kinds.hidden}"][layers].sum((0, 1))
     return _top(score, shape.hidden_size)
+
+
+def _rotation(scores: Scores | None, source: LlamaShape, shape: LlamaShape, kinds: ScoreConfig) -> Tensor | None:
+    if kinds.hidden is not HiddenScore.pca or shape.hidden_size == source.hidden_size:
+        return None
+    return _measured(scores)["directions.vectors"][:, : shape.hidden_size].contiguous()
 
 
 def _mlp(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
@@ -453,13 +471,22 @@ def _heads(
     all_heads = torch.arange(source.num_attention_heads).view(1, keys, group).expand(number, -1, -1)
     if keep == group and shape.num_key_value_heads == keys:
         return torch.arange(keys).expand(number, -1).contiguous(), all_heads.flatten(1).contiguous()
-    score_LHE = _measured(scores)[f"attention.{kinds.attention}"][layers]
-    score_LKG = score_LHE.square().sum(-1).view(number, keys, group)
+    score_LKG = _head_scores(scores, layers, kinds).view(number, keys, group)
     inside = _top(score_LKG, keep)
-    best = score_LKG.gather(2, inside).sum(-1)
+    if kinds.attention is WidthScore.obs:
+        best = _measured(scores)["groups.obs"][layers]
+    else:
+        best = score_LKG.gather(2, inside).sum(-1)
     kv_heads = _top(best, shape.num_key_value_heads)
     heads = all_heads.gather(2, inside).gather(1, kv_heads[..., None].expand(-1, -1, keep))
     return kv_heads, heads.flatten(1).contiguous()
+
+
+def _head_scores(scores: Scores | None, layers: Tensor, kinds: ScoreConfig) -> Tensor:
+    """[L, H]"""
+    if kinds.attention is WidthScore.obs:
+        return _measured(scores)["heads.obs"][layers]
+    return _measured(scores)[f"attention.{kinds.attention}"][layers].square().sum(-1)
 
 
 def _pairs(
@@ -495,7 +522,9 @@ def _values(
     """Value channels of each KV head by the norm of their scores over the query heads that are kept."""
     if shape.head_dim == source.head_dim:
         return torch.arange(source.head_dim).expand(*kv_heads.shape, -1).contiguous()
-    score_LHE = _rows(_measured(scores)[f"attention.{kinds.attention}"][layers], heads)
+    # Elimination removes whole heads; what one of its channels is worth it does not say.
+    kind = WidthScore.norm_product if kinds.attention is WidthScore.obs else kinds.attention
+    score_LHE = _rows(_measured(scores)[f"attention.{kind}"][layers], heads)
     score_LKE = _by_group(score_LHE.square(), kv_heads).sum(2)
     return _top(score_LKE, shape.head_dim)
 
@@ -510,17 +539,22 @@ def _by_group(tensor_LHE: Tensor, kv_heads: Tensor) -> Tensor:
     return tensor_LHE.view(*kv_heads.shape, -1, tensor_LHE.shape[-1])
 
 
-def _gains(scores: Scores | None, source: LlamaShape, layers: Tensor, hidden: Tensor) -> Tensor:
+def _gains(scores: Scores | None, source: LlamaShape, layers: Tensor, hidden: Tensor, *, rotated: bool) -> Tensor:
     norms = torch.cat([torch.stack([2 * layers, 2 * layers + 1], 1).flatten(), torch.tensor([-1])])
     if len(hidden) == source.hidden_size:
         return torch.ones(len(norms), dtype=torch.float64)
     measured = _measured(scores)
     energies, epsilons = measured["norm.energy"], measured["norm.epsilon"]
+    if rotated:
+        # What the directions hold is known on average over the norms, not at each of them.
+        energies = measured["directions.energy"].expand(len(energies), -1)
     return torch.stack([norm_gain(energies[norm], epsilons[norm], hidden) for norm in norms.tolist()])
 
 
-def _tie(scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> Tie | None:
-    if source.tie_word_embeddings or not shape.tie_word_embeddings:
+def _tie(
+    scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig, *, rotated: bool
+) -> Tie | None:
+    if not shape.tie_word_embeddings or (source.tie_word_embeddings and not rotated):
         return None
     if target.tie is not None:
         return target.tie

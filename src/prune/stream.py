@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -24,6 +25,13 @@ Batch = Mapping[str, Tensor]
 IGNORE = -100
 HEAD_CHUNK_ROWS = 8192
 """Rows of the output matrix whose logits are held at a time: 128 MiB of float32 at hidden size 4096."""
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Sum over the processes, each of which has rows of its own; the tensor itself where there is one process."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 class Model(Protocol):
@@ -58,7 +66,13 @@ def mean_loss(
 ) -> float | None:
     """Mean next-token cross entropy over the labels of ``batches``, in nats, one layer in memory at a time."""
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    total, count = loss_sum(model, forward(model, batches, dtype=dtype, device=device), batches, device)
+    hidden = forward(model, batches, dtype=dtype, device=device)
+    return mean(loss_sum(model, hidden, batches, device), device)
+
+
+def mean(part: tuple[float, int], device: torch.device | str) -> float | None:
+    """Total over count, both summed over the processes."""
+    total, count = summed(torch.tensor(part, dtype=torch.float64, device=device)).tolist()
     return total / count if count else None
 
 

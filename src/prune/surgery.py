@@ -15,11 +15,21 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llamita import checkpoints
-from llamita.prune.plan import COVARIANCE_WEIGHT, Plan, Rope, Tie
+from llamita.prune import tie
+from llamita.prune.basis import scaled, take
+from llamita.prune.plan import Plan, Rope
 from llamita.prune.stream import Model
 from llamita.shapes import LlamaShape
 
-CHUNK_ROWS = 16384
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+NORM_BEFORE = {
+    "self_attn.q_proj.weight": NORMS[0],
+    "self_attn.k_proj.weight": NORMS[0],
+    "self_attn.v_proj.weight": NORMS[0],
+    "mlp.gate_proj.weight": NORMS[1],
+    "mlp.up_proj.weight": NORMS[1],
+}
+"""The norm behind which each matrix reads the stream."""
 PUBLISHED_ROPE_FACTOR = 32.0
 """Llama 3.2 1B and 3B (their config.json)."""
 
@@ -41,34 +51,44 @@ class Pruned:
         self.dtype = model.dtype
         self.config = pruned_config(model.config, plan)
         self._embedding: Tensor | None = None
+        self._scale: float | None = None
+
+    def readers(self, index: int) -> dict[str, tuple[Tensor | None, float]]:
+        """Rows of the matrices of layer ``index`` that read the stream, ``None``: all, and the factor of each."""
+        plan, half, size = self.plan, self.plan.source.head_dim // 2, self.plan.source.head_dim
+        keys, group = plan.kv_heads[index], len(plan.heads[index]) // len(plan.kv_heads[index])
+        pairs_KE = torch.cat([plan.pairs[index], plan.pairs[index] + half], dim=1)
+        query = channels(plan.heads[index], pairs_KE.repeat_interleave(group, 0), size)
+        key, value = (channels(keys, dims, size) for dims in (pairs_KE, plan.values[index]))
+        return {
+            "self_attn.q_proj.weight": (query, plan.query_scale),
+            "self_attn.k_proj.weight": (key, 1.0),
+            "self_attn.v_proj.weight": (value, 1.0),
+            "mlp.gate_proj.weight": (plan.mlp[index], 1.0),
+            "mlp.up_proj.weight": (plan.mlp[index], 1.0),
+        }
+
+    def writers(self, index: int) -> dict[str, Tensor]:
+        """Columns of the matrices of layer ``index`` that write into the stream."""
+        plan, size = self.plan, self.plan.source.head_dim
+        heads, group = plan.heads[index], len(plan.heads[index]) // len(plan.kv_heads[index])
+        read = channels(heads, plan.values[index].repeat_interleave(group, 0), size)
+        return {"self_attn.o_proj.weight": read, "mlp.down_proj.weight": plan.mlp[index]}
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of layer ``index`` of the smaller model."""
-        plan, source = self.plan, self.plan.source
+        plan, basis = self.plan, self.plan.basis
         weights = self.model.layer(int(plan.layers[index]))
-        kept, half = plan.hidden, source.head_dim // 2
-        keys, group = plan.kv_heads[index], len(plan.heads[index]) // len(plan.kv_heads[index])
-        pairs_KE = torch.cat([plan.pairs[index], plan.pairs[index] + half], dim=1)
-        values_KE, heads = plan.values[index], plan.heads[index]
-        query = _channels(heads, pairs_KE.repeat_interleave(group, 0), source.head_dim)
-        read = _channels(heads, values_KE.repeat_interleave(group, 0), source.head_dim)
-        key, value = (_channels(keys, dims, source.head_dim) for dims in (pairs_KE, values_KE))
-        mlp = plan.mlp[index]
-        selection: dict[str, tuple[Tensor | None, Tensor | None, float]] = {
-            "input_layernorm.weight": (kept, None, float(plan.norm_gain[2 * index])),
-            "self_attn.q_proj.weight": (query, kept, plan.query_scale),
-            "self_attn.k_proj.weight": (key, kept, 1.0),
-            "self_attn.v_proj.weight": (value, kept, 1.0),
-            "self_attn.o_proj.weight": (kept, read, 1.0),
-            "post_attention_layernorm.weight": (kept, None, float(plan.norm_gain[2 * index + 1])),
-            "mlp.gate_proj.weight": (mlp, kept, 1.0),
-            "mlp.up_proj.weight": (mlp, kept, 1.0),
-            "mlp.down_proj.weight": (kept, mlp, 1.0),
+        result = {
+            norm: scaled(basis.gain(weights[norm]), float(plan.norm_gain[2 * index + place]))
+            for place, norm in enumerate(NORMS)
         }
-        return {
-            name: scaled(take(weights[name], rows, columns), factor)
-            for name, (rows, columns, factor) in selection.items()
-        }
+        for name, (rows, factor) in self.readers(index).items():
+            gain = weights[NORM_BEFORE[name]]
+            result[name] = basis.reads(take(weights[name], rows, None), gain, factor)
+        for name, columns in self.writers(index).items():
+            result[name] = basis.writes(take(weights[name], None, columns))
+        return {name: result[name] for name in self.shape.layer_tensors()}
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name that belongs to no layer."""
@@ -76,7 +96,8 @@ class Pruned:
             case "model.embed_tokens.weight":
                 return self.embedding()
             case "model.norm.weight":
-                return scaled(take(self.model[name], self.plan.hidden, None), float(self.plan.norm_gain[-1]))
+                gain = float(self.plan.norm_gain[-1]) * self._tied_scale()
+                return scaled(self.plan.basis.gain(self.model[name]), gain)
             case "lm_head.weight":
                 return self.head()
             case _:
@@ -84,20 +105,34 @@ class Pruned:
 
     def embedding(self) -> Tensor:
         """The input matrix, which is the output matrix as well where the two are tied."""
-        plan, source = self.plan, self.model["model.embed_tokens.weight"]
-        if plan.tie is None or plan.tie is Tie.embedding:
-            return take(source, None, plan.hidden)
-        if plan.tie is Tie.head:
-            return take(self.model.head(), None, plan.hidden)
+        if self.plan.tie is None:
+            return self.plan.basis.states(self.model["model.embed_tokens.weight"])
         if self._embedding is None:
-            self._embedding = tied(source, self.model.head(), plan)
+            scale = self._tied_scale()
+            self._embedding = tie.tied(
+                self.model["model.embed_tokens.weight"],
+                self.model.head(),
+                self.model["model.norm.weight"],
+                self.plan,
+                scale,
+            )
         return self._embedding
+
+    def _tied_scale(self) -> float:
+        """Factor of the final norm by which the shared matrix, good as an input, has the output matrix's size."""
+        if self.plan.tie is None or not self.plan.basis.rotates:
+            return 1.0
+        if self._scale is None:
+            embedding, head = self.model["model.embed_tokens.weight"], self.model.head()
+            self._scale = tie.scale(embedding, head, self.model["model.norm.weight"], self.plan.basis)
+        return self._scale
 
     def head(self) -> Tensor:
         """The output matrix."""
         if self.shape.tie_word_embeddings:
             return self.embedding()
-        return take(self.model.head(), self.plan.output_rows, self.plan.hidden)
+        rows = take(self.model.head(), self.plan.output_rows, None)
+        return self.plan.basis.reads(rows, self.model["model.norm.weight"])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor of the smaller model by its name in a Hugging Face file, in file order."""
@@ -114,51 +149,9 @@ class Pruned:
             yield "lm_head.weight", self.head()
 
 
-def take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Rows and columns of those indices (``None``: all) in the stored dtype; the tensor itself where all are kept."""
-    for axis, index in enumerate((rows, columns)):
-        if index is not None and not torch.equal(index, torch.arange(tensor.shape[axis])):
-            tensor = tensor.index_select(axis, index)
-    return tensor
-
-
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """``tensor`` times ``factor``, multiplied in float32 or better and rounded once."""
-    if factor == 1.0:
-        return tensor
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return (tensor.to(wide) * factor).to(tensor.dtype)
-
-
-def _channels(heads: Tensor, inside: Tensor, head_dim: int) -> Tensor:
+def channels(heads: Tensor, inside: Tensor, head_dim: int) -> Tensor:
     """Rows of a projection: of each head the channels ``inside`` [heads, kept]."""
     return (heads[:, None] * head_dim + inside).flatten()
-
-
-@torch.no_grad()
-def tied(embedding: Tensor, head: Tensor, plan: Plan) -> Tensor:
-    """One matrix in the place of two, in the plan's channels.
-
-    ``mean``: (E + U) / 2. ``least_squares``: the minimiser W of a |W - E|^2 + tr (W - U) C (W - U)^T, which is
-    (a E + U C) (a I + C)^-1: with C = E[h h^T] of the head's input h the second term is the squared error of the
-    logits, and a is ``COVARIANCE_WEIGHT`` times the mean of C's diagonal.
-    """
-    size = len(plan.hidden)
-    result = torch.empty(len(embedding), size, dtype=embedding.dtype)
-    wide = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-    of_embedding = None
-    if plan.tie is Tie.least_squares:
-        assert plan.head_covariance is not None
-        covariance = plan.head_covariance.double()
-        weight = COVARIANCE_WEIGHT * float(covariance.diagonal().mean())
-        of_embedding = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + covariance / weight).to(wide)
-    for first in range(0, len(embedding), CHUNK_ROWS):
-        rows = slice(first, first + CHUNK_ROWS)
-        inputs = take(embedding[rows], None, plan.hidden).to(wide)
-        outputs = take(head[rows], None, plan.hidden).to(wide)
-        gap = inputs - outputs
-        result[rows] = (outputs + (gap / 2 if of_embedding is None else gap @ of_embedding)).to(result.dtype)
-    return result
 
 
 def pruned_config(source: LlamaConfig, plan: Plan) -> LlamaConfig:

@@ -120,8 +120,13 @@ def test_every_score_is_its_formula_on_the_whole_model(double: LlamaForCausalLM,
             energy = (seen[norm][0].square() * inverse[place][..., None]).mean((0, 1))
             torch.testing.assert_close(scores["norm.energy"][2 * index + place], energy, rtol=1e-10, atol=0)
             torch.testing.assert_close(scores["norm.epsilon"][2 * index + place], (eps * inverse[place]).mean())
-    read = seen[double.lm_head][0].flatten(0, 1)
+    read = (seen[double.lm_head][0] / double.model.norm.weight).flatten(0, 1)
     torch.testing.assert_close(scores["head.covariance"], (read.T @ read / len(read)).float())
+    norms = [n for layer in double.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    normed = torch.cat([(seen[n][1] / n.weight).flatten(0, 1) for n in norms] + [read])
+    vectors, energy = scores["directions.vectors"], scores["directions.energy"]
+    torch.testing.assert_close(vectors @ energy.diag() @ vectors.T, normed.T @ normed / len(normed))
+    assert torch.equal(energy, energy.sort(descending=True).values)
 
 
 def dense_head(attention: nn.Module, x_BSD: Tensor, batch: Batch, head: int, theta: Tensor) -> Tensor:
@@ -240,12 +245,12 @@ def test_a_long_row_in_bfloat16_is_summed_in_float32() -> None:
     mask_BS = torch.ones(2, 4096, dtype=torch.bool)
     exact, matrix = x_BSC.double(), x_BSC[0]
     inverse = 1 / (exact.square().mean(-1, keepdim=True) + 1e-5)
-    norm = importance._norm_statistics(x_BSC, mask_BS, 1e-5)
+    products, epsilon = importance._norm_statistics(x_BSC, mask_BS, 1e-5)
     pairs = [
         (importance._mean_magnitude(x_BSC, mask_BS), minitron(exact).square()),
         (importance._energy(x_BSC, mask_BS), exact.square().sum((0, 1))),
-        (norm["norm.energy"], (exact.square() * inverse).sum((0, 1))),
-        (norm["norm.epsilon"], (1e-5 * inverse).sum()),
+        (products.diagonal(), (exact.square() * inverse).sum((0, 1))),
+        (epsilon, (1e-5 * inverse).sum()),
         (importance._square_sums(matrix)[0], matrix.double().square().sum(1)),
         (importance._square_sums(matrix)[1], matrix.double().square().sum(0)),
     ]

@@ -408,7 +408,7 @@ def test_untied_becomes_tied_by_least_squares_where_the_heads_input_is_known() -
     scores.tensors["head.covariance"] = torch.randn(64, 64)
     kept = plan.make(scores, SHAPE, tied, ScoreConfig())
     assert kept.tie is Tie.least_squares
-    assert torch.equal(kept.head_covariance, scores["head.covariance"][kept.hidden][:, kept.hidden])
+    assert torch.equal(kept.head_covariance, scores["head.covariance"])
     assert plan.make(scores, dataclasses.replace(SHAPE, tie_word_embeddings=True), tied, ScoreConfig()).tie is None
 
 
