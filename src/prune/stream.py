@@ -93,34 +93,51 @@ def forward(
     ``visit(index, layer, outputs)`` may watch each layer: it draws the output of one batch after another, which is
     computed when it is drawn, and returns them.
     """
-    config = LlamaConfig.from_dict(model.config.to_dict())
-    config._attn_implementation = "sdpa"
-    rotary = LlamaRotaryEmbedding(config).to(device)
-    embedding = model["model.embed_tokens.weight"]
-    hidden = [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
-    del embedding
-
-    def through(layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
-        output_BSD: Tensor = layer(
-            states_BSD,
-            attention_mask=create_causal_mask(config, states_BSD, None, None, positions_BS),
-            position_ids=positions_BS,
-            position_embeddings=rotary(states_BSD, positions_BS),
-        )
-        return output_BSD.cpu()
+    runner = Runner(model, dtype=dtype, device=device)
+    hidden = runner.embedded(batches)
 
     def outputs(layer: LlamaDecoderLayer, hidden: list[Tensor]) -> Iterator[Tensor]:
         # Each batch's input goes when its output is there, so that the states are held once, not twice.
         for batch in batches:
-            yield through(layer, hidden.pop(0).to(device), batch["position_ids"])
+            yield runner(layer, hidden.pop(0), batch["position_ids"]).cpu()
 
-    for index in range(config.num_hidden_layers):
-        layer = decoder_layer(model, index, config, dtype, device)
+    for index in range(model.shape.num_hidden_layers):
+        layer = runner.layer(index)
         drawn = outputs(layer, hidden)
         hidden = visit(index, layer, drawn) if visit else list(drawn)
         # Let go before the next one is read: two layers would double the memory.
         del drawn, layer
     return hidden
+
+
+class Runner:
+    """Reads layers of ``model``, and runs them on rows of packed documents."""
+
+    def __init__(self, model: Model, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._model, self._dtype, self._device = model, dtype, device
+        self._config = LlamaConfig.from_dict(model.config.to_dict())
+        self._config._attn_implementation = "sdpa"
+        self._rotary = LlamaRotaryEmbedding(self._config).to(device)
+
+    def embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """What the first layer reads [B, S, D], on the CPU."""
+        embedding = self._model["model.embed_tokens.weight"]
+        return [embedding[batch["input_ids"].cpu()].to(self._dtype) for batch in batches]
+
+    def layer(self, index: int) -> LlamaDecoderLayer:
+        """Layer ``index`` on the device."""
+        return decoder_layer(self._model, index, self._config, self._dtype, self._device)
+
+    def __call__(self, layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """The layer's output [B, S, D], on the device."""
+        states_BSD, positions_BS = states_BSD.to(self._device), positions_BS.to(self._device)
+        output_BSD: Tensor = layer(
+            states_BSD,
+            attention_mask=create_causal_mask(self._config, states_BSD, None, None, positions_BS),
+            position_ids=positions_BS,
+            position_embeddings=self._rotary(states_BSD, positions_BS),
+        )
+        return output_BSD
 
 
 def decoder_layer(
