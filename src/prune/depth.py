@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from llamita.prune import stream
 from llamita.prune.stream import Batch, Model, Runner, loss_sum, mean, summed
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def angular(states_LND: Sequence[Tensor], device: torch.device | str = "cpu") ->
     """Angular distance [L, L] over the block of n layers from layer l on, at [l, n - 1]; 1 where there is none.
 
     d(l, n) = mean over rows of arccos(cos(x_l, x_{l+n})) / pi at the last token of each row, x_l the input of layer l
-    (Gromov et al., 2024, arXiv:2403.17887, eq. 3; the last token is the only one that has seen the whole row).
+    (Gromov et al., 2024, arXiv:2403.17887, section 3; the last token is the only one that has seen the whole row).
     ``states_LND`` holds the inputs of all layers and the output of the last, L + 1 tensors, on the CPU; ``device`` is
     where processes meet.
     """
@@ -87,8 +88,9 @@ def losses(
     Raises:
         ValueError: nothing in ``batches`` has a label, or a loss is not finite.
     """
-    runner, order = Runner(model, dtype=how.dtype, device=how.device), sorted(range(len(skips)), key=skips.__getitem__)
-    whole, found = runner.embedded(batches), [math.nan] * (len(skips) + 1)
+    runner, order = Runner(model.config, how.device), sorted(range(len(skips)), key=skips.__getitem__)
+    batches = [{name: tensor.to(how.device) for name, tensor in batch.items()} for batch in batches]
+    whole, found = stream.embedded(model, batches, how.dtype), [math.nan] * (len(skips) + 1)
     place, step = 0, how.at_once(model, batches)
     while True:
         group, order = order[:step], order[step:]
@@ -96,7 +98,7 @@ def losses(
         states: dict[int, list[Tensor]] = {}
         for here in range(place, len(layers)):
             states |= {index: whole for index in group if skips[index][0] == here}
-            layer = runner.layer(layers[here])
+            layer = stream.decoder_layer(model, layers[here], runner.config, how.dtype, how.device)
             for index in states:
                 if here >= skips[index][1]:
                     states[index] = _through(runner, layer, states[index], batches)
@@ -115,8 +117,8 @@ def losses(
 def greedy(model: Model, batches: Sequence[Batch], rounds: int, how: Removals) -> tuple[Tensor, Tensor]:
     """Remove ``rounds`` times the layer without which the loss is least, each time of what is then left.
 
-    The one-layer removal loss is that of Kim et al., 2024, arXiv:2402.02834, section 3.1, there with perplexity and
-    in one shot; measuring anew after each removal is algorithm 1 of Song et al., 2024, arXiv:2402.09025 (SLEB).
+    The one-layer removal loss is that of Kim et al., 2024, arXiv:2402.02834 (Shortened LLaMA), there in one
+    shot; measuring anew after each removal is that of Song et al., 2024, arXiv:2402.09025 (SLEB).
 
     Returns:
         rank [L]: the round in which a layer leaves, and ``rounds`` for those that stay; the losses [rounds, L] without
@@ -142,7 +144,7 @@ def greedy(model: Model, batches: Sequence[Batch], rounds: int, how: Removals) -
 def contiguous(model: Model, batches: Sequence[Batch], longest: int, how: Removals) -> Tensor:
     """Mean loss [L, M], in nats, without the block of n layers from layer l on, at [l, n - 1]; 0 where there is none.
 
-    For every n up to ``longest``. The block test of Sreenivas et al., 2024, arXiv:2408.11796, section 2.2 (Minitron's
+    For every n up to ``longest``. The block test of Sreenivas et al., 2024, arXiv:2408.11796 (Minitron's
     depth pruning); the criterion is that of Kim et al., 2024, arXiv:2402.02834.
 
     Raises:
@@ -194,7 +196,8 @@ def _check_number(number: int, num_layers: int) -> None:
 
 
 def _through(runner: Runner, layer: LlamaDecoderLayer, hidden: list[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-    return [runner(layer, states, batch["position_ids"]).cpu() for states, batch in zip(hidden, batches, strict=True)]
+    positions = [batch["position_ids"] for batch in batches]
+    return [runner.layer(layer, h.to(p.device), p).cpu() for h, p in zip(hidden, positions, strict=True)]
 
 
 def _mean(model: Model, hidden: list[Tensor], batches: Sequence[Batch], how: Removals) -> float:

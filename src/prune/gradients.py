@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita.prune import stream
-from llamita.prune.stream import IGNORE, Batch, Model, Runner, forward, summed
+from llamita.prune.stream import IGNORE, Batch, Model, Runner, embedded, forward, summed
 from llamita.shapes import LlamaShape
 
 CHUNK_TOKENS = 2048
@@ -45,7 +45,7 @@ def measure(
     L is the mean cross entropy over the labels, z what ``down_proj`` or ``o_proj`` reads.
 
     - ``taylor_unit``: sqrt(sum_t (z_tj dL/dz_tj)^2), the gate criterion of Molchanov et al., 2019, arXiv:1906.10771,
-      eq. 8, with a token as the sample. The squares of a head's channels add up, as the plan adds them.
+      with a token as the sample. The squares of a head's channels add up, as the plan adds them.
     - ``taylor_element``: see :func:`element_scores`.
 
     ``spill`` is a folder with room for the hidden states of all tokens once for each layer; unset: they stay in
@@ -56,14 +56,15 @@ def measure(
     Raises:
         ValueError: nothing in ``batches`` has a label.
     """
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     labels = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
     num_labels = int(summed(torch.tensor(labels, device=device)))
     if not num_labels:
         raise ValueError("the calibration set holds no label: scores by gradient need text")
-    runner = Runner(model, dtype=dtype, device=device)
+    runner = Runner(model.config, device)
     layers: list[dict[str, Tensor]] = []
     with Inputs(spill) as inputs:
-        inputs.put(runner.embedded(batches))
+        inputs.put(embedded(model, batches, dtype))
 
         def visit(index: int, layer: LlamaDecoderLayer, outputs: Iterator[Tensor]) -> list[Tensor]:
             hidden = list(outputs)
@@ -76,7 +77,7 @@ def measure(
         gradients = loss_gradient(model, hidden, batches, device)
         del hidden
         for index in reversed(range(model.shape.num_hidden_layers)):
-            layer = runner.layer(index)
+            layer = stream.decoder_layer(model, index, runner.config, dtype, device).requires_grad_()
             sums = _LayerGradients(runner, layer)
             states = inputs.take()
             for number, batch in enumerate(batches):
@@ -203,7 +204,7 @@ class _LayerGradients:
         hooks = [self._layer.get_submodule(n).register_forward_pre_hook(keep(axis)) for axis, n in UNITS.items()]
         with torch.enable_grad():
             leaf_BSD = states_BSD.detach().to(self._device).requires_grad_()
-            output_BSD = self._runner(self._layer, leaf_BSD, positions_BS)
+            output_BSD = self._runner.layer(self._layer, leaf_BSD, positions_BS)
         for hook in hooks:
             hook.remove()
         wanted = [leaf_BSD, *seen.values(), *self._weights.values()]

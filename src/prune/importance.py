@@ -50,7 +50,7 @@ class WidthScore(StrEnum):
     magnitude = "magnitude"
     """Product of the norms of the unit's weights; needs no calibration text."""
     fluctuation = "fluctuation"
-    """Variance over tokens times the squared norm of the output column (An et al., 2023, arXiv:2312.11983, eq. 5)."""
+    """Variance over tokens times the squared norm of the output column (An et al., 2023, arXiv:2312.11983, WIFV)."""
     taylor_unit = "taylor_unit"
     """Change of the loss to first order without the unit, squared for each token: see
     :func:`llamita.prune.gradients.measure` (Molchanov et al., 2019, arXiv:1906.10771)."""

@@ -74,13 +74,13 @@ def test_what_lies_before_a_removed_layer_is_computed_once(
 ) -> None:
     """A round over L layers runs L of the whole model and of candidate i the L - i - 1 behind it, in any memory."""
     calls: list[int] = []
-    run = stream.Runner.__call__
+    run = stream.Runner.layer
 
     def counted(self: stream.Runner, *arguments: Any) -> Any:
         calls.append(1)
         return run(self, *arguments)
 
-    monkeypatch.setattr(stream.Runner, "__call__", counted)
+    monkeypatch.setattr(stream.Runner, "layer", counted)
     single = [(place, place + 1) for place in range(LAYERS)]
     for memory_gib in (1e-9, 1.0):
         calls.clear()
