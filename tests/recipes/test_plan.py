@@ -146,8 +146,7 @@ def test_layers_that_cannot_be_removed_are_a_mistake_before_anything_is_measured
 ) -> None:
     arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", f"calibration.path={data}"]
     said = plan(*arguments, "scores.layers=greedy", "scores.removed_layers=3", f"out={tmp_path / 'x'}")["mistakes"]
-    assert len(said) == 1
-    assert "scores.removed_layers must be in 28..31" in said[0]
+    assert [line for line in said if line.startswith("scores.removed_layers must be in 28..31")]
 
 
 def test_the_published_rope_of_another_kind_of_model_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
