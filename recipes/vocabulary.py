@@ -75,7 +75,7 @@ class Vocabulary:
         for name, source in self.named_sources().items():
             if source.weight is not None:
                 raise ValueError(
-                    f"weight={source.weight} of source {name!r} is not read here: every document counts once"
+                    f"weight={source.weight} of source {name!r} has no meaning here: documents are counted as they come"
                 )
 
     def named_sources(self) -> dict[str, SourceConfig]:

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from llamita.data import sources, tokens
+from llamita.prune.vocabulary import Counts, count
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}"
@@ -48,6 +50,13 @@ def like_llama3() -> str:
     definition["model"]["merges"] = [list(both) for both in merges if "".join(both) not in unreachable]
     definition["model"]["ignore_merges"] = True
     return json.dumps(definition)
+
+
+@cache
+def counts() -> Counts:
+    """How often the tokens of :func:`trained` occur in the corpus."""
+    ids = Tokenizer.from_str(trained()).encode(corpus(), add_special_tokens=False).ids
+    return count([np.array(ids)], 1200)
 
 
 def write(folder: Path, definition: str | None = None, **config: Any) -> Path:
