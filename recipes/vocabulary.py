@@ -138,12 +138,13 @@ class Inputs:
 
 def run(config: Vocabulary) -> None:
     """Count the tokens of the text, choose those that stay, write the model and its tokenizer without the others."""
+    inputs = None
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
-        Inputs(config)
+        inputs = Inputs(config)
     with runs.start(config.out, "vocabulary", runs.plain(config), config.run) as run:
         if run.done or not runs.is_main_process():
             return
-        inputs, source = Inputs(config), config.model.path
+        inputs, source = inputs or Inputs(config), config.model.path
         kept = inputs.choose(config, run)
         kept.save(config.out / FOLDER)
         runs.crash_point("after_counts")
