@@ -297,7 +297,7 @@ def pick(
     if not kept:
         nearest = max((used for used in map(budget.used, told.values()) if used <= 1), default=0.0)
         raise ValueError(
-            f"no shape uses {1 - budget.slack:.0%} of the budget, the nearest {nearest:.0%}: raise budget.slack, or "
+            f"no shape uses {1 - budget.slack:.1%} of the budget, the nearest {nearest:.1%}: raise budget.slack, or "
             "lower a step or an end of axes"
         )
     return [Candidate(shape=shape, costs=told[shape], predicted=losses[shape]) for shape in kept]
