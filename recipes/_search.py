@@ -91,7 +91,9 @@ class Record:
         self.candidates[place] = replace(self.candidates[place], **fields)
         search.save(self.candidates, self.run.path)
         named = {f"search/{name}": value for name, value in (candidate.costs | found).items()}
-        self.run.log({"candidate": candidate.name, **named}, step=place)
+        # Findings are counted, so that a restart's rows stand behind those of the start before.
+        known = sum((c.loss is not None) + (c.recovered is not None) for c in self.candidates)
+        self.run.log({"candidate": candidate.name, **named}, step=known - 1)
         runs.crash_point("after_candidate")
 
 
