@@ -135,15 +135,15 @@ def _marker(colour: str, marker: str, label: str) -> Line2D:
 def _panel(axes: Axes, search: Search, cost: str, palette: Palette) -> None:
     here = [candidate for candidate in search.candidates if cost in candidate.costs]
     for kind, colour in (("loss", palette.pruned), ("recovered", palette.distilled)):
-        values = {c.name: getattr(c, kind) for c in here}
-        points = [(c.costs[cost], values[c.name]) for c in here if values[c.name] is not None]
+        values: list[tuple[float, float | None]] = [(c.costs[cost], getattr(c, kind)) for c in here]
+        points = [(x, y) for x, y in values if y is not None]
         if not points:
             continue
         axes.plot(*zip(*front(points), strict=True), color=colour, linewidth=1.2, drawstyle="steps-post", alpha=0.7)
         axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=5.5)
     best = search.candidates[0]
-    if cost in best.costs:
-        level = best.loss if best.recovered is None else best.recovered
+    level = best.loss if best.recovered is None else best.recovered
+    if cost in best.costs and level is not None:
         axes.plot([best.costs[cost]], [level], "*", color=palette.ink, markersize=13, zorder=5)
     if cost in search.limits:
         axes.axvline(search.limits[cost], color=palette.muted, linewidth=1.2, linestyle=(0, (2, 2)))
