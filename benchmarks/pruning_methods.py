@@ -1,0 +1,211 @@
+"""The methods that ``benchmarks/pruning.py`` compares: the peers' published criteria, and this project's.
+
+A peer's criterion ranks the units of our plan, so that nothing but the choice differs: no compensation, and norm gains
+as they were. Where two matrices become one, all get the same mixture, because no peer publishes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamita import checkpoints
+from llamita.prune import importance, plan, stream, surgery
+from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
+from pruning_shapes import Family, Target
+
+
+class Loaded:
+    """A model that is whole in memory, read as a directory is."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.config = LlamaConfig.from_dict(model.config.to_dict())
+        self.shape = checkpoints.shape_of(self.config)
+        self.dtype = model.dtype
+        self._tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        return self._tensors[name]
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer."""
+        return {name: self[f"model.layers.{index}.{name}"] for name in self.shape.layer_tensors()}
+
+    def head(self) -> Tensor:
+        """The output matrix."""
+        return self["lm_head.weight"]
+
+
+def loaded(model: stream.Model) -> Loaded:
+    """A model of which every tensor is computed."""
+    if isinstance(model, Loaded):
+        return model
+    llama = LlamaForCausalLM(LlamaConfig.from_dict(model.config.to_dict())).to(model.dtype)
+    names = ("model.embed_tokens.weight", "model.norm.weight")
+    tensors = {name: model[name] for name in names} | {"lm_head.weight": model.head()}
+    for index in range(model.shape.num_hidden_layers):
+        tensors |= {f"model.layers.{index}.{name}": tensor for name, tensor in model.layer(index).items()}
+    llama.load_state_dict(tensors, strict=True)
+    return Loaded(llama.eval())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """What a method is given."""
+
+    weights: checkpoints.Weights
+    scores: importance.Scores
+    """Of the calibration rows; measured once for all methods."""
+    calibration: list[stream.Batch]
+    target: Target
+    seed: int
+    device: str
+
+
+Cut = Callable[[Case], stream.Model]
+MAGNITUDE: dict[str, Any] = {
+    "mlp": WidthScore.magnitude,
+    "attention": WidthScore.magnitude,
+    "hidden": HiddenScore.magnitude,
+    "layers": LayerScore.magnitude,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to make the smaller model."""
+
+    name: str
+    families: frozenset[Family]
+    cut: Cut
+    ours: bool = False
+    seeded: bool = False
+    """Whether the seed changes what it makes, so that it is repeated."""
+
+
+def planned(
+    case: Case,
+    kinds: plan.ScoreConfig,
+    scores: importance.Scores | None = None,
+    *,
+    keep_layers: list[int] | None = None,
+) -> plan.Plan:
+    """The plan of a criterion with norm gains as they were."""
+    config = dataclasses.replace(case.target.config(), keep_layers=keep_layers)
+    made = plan.make(scores or case.scores, case.weights.shape, config, kinds)
+    return dataclasses.replace(made, norm_gain=torch.ones_like(made.norm_gain))
+
+
+def ranked(**kinds: Any) -> Cut:
+    """Units by scores of the calibration pass."""
+    return lambda case: surgery.Pruned(case.weights, planned(case, plan.ScoreConfig(**kinds)))
+
+
+def without_least_loss(case: Case) -> list[int]:
+    """The layers to keep when those go whose removal, of each alone, raises the loss on the calibration rows least.
+
+    Kim et al., 2024, arXiv:2402.02834, section 3.1; Muralidharan et al., 2024, arXiv:2407.14679, section 2.
+    """
+    everything = list(range(case.weights.shape.num_hidden_layers))
+    losses = []
+    for layer in everything:
+        rest = plan.TargetConfig(keep_layers=[index for index in everything if index != layer])
+        one = surgery.Pruned(case.weights, plan.make(None, case.weights.shape, rest, plan.ScoreConfig()))
+        loss = stream.mean_loss(one, case.calibration, dtype=torch.float32, device=case.device)
+        assert loss is not None
+        losses.append(loss)
+    keep = case.target.shape.num_hidden_layers
+    return sorted(sorted(everything, key=lambda layer: -losses[layer])[:keep])
+
+
+def minitron(case: Case) -> stream.Model:
+    """Muralidharan et al., 2024: activations for every width, the loss for layers."""
+    kinds = plan.ScoreConfig(mlp=WidthScore.activation, attention=WidthScore.activation, hidden=HiddenScore.activation)
+    fewer = case.target.shape.num_hidden_layers < case.weights.shape.num_hidden_layers
+    layers = without_least_loss(case) if fewer else None
+    return surgery.Pruned(case.weights, planned(case, kinds, keep_layers=layers))
+
+
+def random_units(case: Case) -> stream.Model:
+    """Units drawn by lot."""
+    generator = torch.Generator().manual_seed(case.seed)
+    drawn = {
+        name: torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith((".magnitude", ".activation"))
+        else tensor
+        for name, tensor in sorted(case.scores.tensors.items())
+    }
+    lots = importance.Scores(tensors=drawn, info=case.scores.info)
+    return surgery.Pruned(case.weights, planned(case, plan.ScoreConfig(**MAGNITUDE), lots))
+
+
+def random_start(case: Case) -> stream.Model:
+    """A freshly initialised model of the same shape: what a cut must beat once both are trained."""
+    config = LlamaConfig.from_dict(case.weights.config.to_dict() | case.target.shape.config_fields())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        return Loaded(LlamaForCausalLM(config).float())
+
+
+def default(case: Case) -> stream.Model:
+    """What ``recipes/prune.py`` does when nothing but the target is said."""
+    kinds = plan.ScoreConfig()
+    return surgery.Pruned(case.weights, plan.make(case.scores, case.weights.shape, case.target.config(), kinds))
+
+
+WIDTHS = frozenset({Family.mlp, Family.width})
+DEPTH = frozenset({Family.depth})
+ALL = frozenset(Family)
+
+
+def peers() -> Iterator[Method]:
+    """The published criteria, without compensation."""
+    yield Method(name="random start", families=ALL, cut=random_start, seeded=True)
+    yield Method(name="random units", families=ALL, cut=random_units, seeded=True)
+    yield Method(name="magnitude", families=ALL, cut=ranked(**MAGNITUDE))
+    yield Method(name="Minitron", families=ALL, cut=minitron)
+    yield Method(name="Wanda-sp", families=WIDTHS, cut=_width(WidthScore.norm_product))
+    # Scores that the importance pass may not know.
+    for name, score in (("FLAP", "fluctuation"), ("LLM-Pruner", "taylor_element"), ("Taylor unit", "taylor_unit")):
+        if score in WidthScore.__members__:
+            yield Method(name=name, families=WIDTHS, cut=_width(WidthScore[score]))
+    sliced = frozenset({Family.axes, Family.llama})
+    slice_gpt = ranked(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, hidden=HiddenScore.pca)
+    yield Method(name="SliceGPT, one rotation", families=sliced, cut=slice_gpt)
+    yield Method(name="ShortGPT", families=DEPTH, cut=ranked(layers=LayerScore.block_influence))
+    if "angular" in LayerScore.__members__:
+        yield Method(name="Gromov angular", families=DEPTH, cut=ranked(layers=LayerScore["angular"]))
+
+
+def _width(score: WidthScore) -> Cut:
+    return ranked(mlp=score, attention=score)
+
+
+OURS = (Method(name="Llamita, defaults", families=ALL, cut=default, ours=True),)
+"""Every score with every compensation that is to stand in the table: add them here."""
+
+
+def methods() -> list[Method]:
+    """All of them, the peers' first."""
+    return [*peers(), *OURS]
+
+
+def measure(weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str) -> importance.Scores:
+    """Every score that any method reads, in one go."""
+    further = {}
+    if "all" in {field.name for field in dataclasses.fields(plan.ScoreConfig)}:
+        layers = weights.shape.num_hidden_layers
+        everything: Any = {"all": True, "removed_layers": layers - 1}
+        kinds: Any = plan.ScoreConfig(**everything)
+        further["further"] = kinds.further(weights.shape, plan.TargetConfig())
+    return importance.measure(
+        weights, text, dtype=torch.float32, device=device, pad_id=pad_id, second_order=True, **further
+    )
