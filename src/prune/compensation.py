@@ -36,7 +36,7 @@ class CompensationConfig:
     prefix: Prefix = Prefix.cut
     ridge: float = 1e-4
     """Damping of least squares, in means of the inputs' second moments."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     """Of all steps: how far a tensor moves at the peak, in units of its own root mean square."""
 
     def __post_init__(self) -> None:

@@ -106,10 +106,10 @@ class ScoreConfig:
 
     path: Path | None = None
     """Directory of an earlier run of this recipe on the same model: its scores are used, nothing is measured."""
-    mlp: WidthScore = WidthScore.norm_product
-    attention: WidthScore = WidthScore.norm_product
-    hidden: HiddenScore = HiddenScore.activation
-    layers: LayerScore = LayerScore.block_influence
+    mlp: WidthScore = WidthScore.obs
+    attention: WidthScore = WidthScore.obs
+    hidden: HiddenScore = HiddenScore.pca
+    layers: LayerScore = LayerScore.greedy
     all: bool = False
     """Measure every score, also those that no axis is ranked by, so that other runs can use them (``path``)."""
     removed_layers: int | None = None
