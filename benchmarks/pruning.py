@@ -48,7 +48,7 @@ class Subject:
     model: Path
     data: Path
     trained_tokens: int | None = None
-    """On which the model was trained; ``None``: as many as its data has for training."""
+    """On which the model was trained; ``None``: what its ``llamita.json`` says, else as many as its data has."""
 
     @classmethod
     def parse(cls, text: str) -> Subject:
@@ -111,6 +111,13 @@ class Bench:
         assert loss is not None
         return loss
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens on which the model was trained, as far as is known."""
+        note, given = self.subject.model / "llamita.json", self.subject.trained_tokens
+        metrics = json.loads(note.read_text()).get("metrics", {}) if note.is_file() else {}
+        return int(given or metrics.get("data/tokens") or self.data.manifest["splits"]["train"]["tokens"])
+
     def case(self, target: Target, seed: int) -> Case:
         """What a method is given; the scores are measured when they are first wanted."""
         if self._scores is None:
@@ -172,9 +179,7 @@ def cut(bench: Bench, method: Method, target: Target, seed: int) -> tuple[Loaded
 
 def distill(bench: Bench, student: LlamaForCausalLM, share: float, seed: int, told: argparse.Namespace) -> float:
     """Held-out loss of the student after ``share`` of the teacher's tokens."""
-    known = bench.subject.trained_tokens
-    available = bench.data.manifest["splits"]["train"]["tokens"]
-    steps = max(1, math.ceil(share * (known or available) / (told.batch_rows * bench.data.sequence_length)))
+    steps = max(1, math.ceil(share * bench.trained_tokens / (told.batch_rows * bench.data.sequence_length)))
     folder = told.out / "student"
     shutil.rmtree(folder, ignore_errors=True)
     checkpoints.save_model(student, folder / "start", source=bench.subject.model, provenance={"recipe": "benchmark"})

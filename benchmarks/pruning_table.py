@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-MARKERS = "osD^v<>PX*"
+MARKERS = "osD^v<>PX"  # nine, so that with ten colours no two of ninety methods look alike
 
 
 def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -53,7 +53,7 @@ def markdown(rows: list[Row]) -> str:
             name = f"*{method}*" if first["ours"] else method
             where = f"{model} ({first['whole']:.3f}) | {family} | {target} | {first['share']:.1%}"
             seconds = statistics.median(row["seconds"] for row in part)
-            lines.append(f"| {where} | {name} | {' | '.join(cells)} | {seconds:.1f} |")
+            lines.append(f"| {where} | {name} | {' | '.join(cells)} | {seconds:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -73,6 +73,8 @@ def plot(rows: list[Row], file: Path) -> None:
             axis.set_title(f"{model}, {family}", fontsize=9)
             if all(row["loss"] > row["whole"] for row in panels.get((model, family), [])):
                 axis.set_yscale("log")
+                for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    part("{x:g}")
             axis.set_xlabel("share of parameters kept")
             axis.set_ylabel("excess loss, nats per token")
             for (method,), part in groups(panels.get((model, family), []), "method").items():

@@ -165,8 +165,8 @@ def test_the_lowest_loss_of_a_target_is_bold_and_seeds_become_a_spread() -> None
         for seed, loss in enumerate(values)
     ]
     lines = pruning_table.markdown(rows).splitlines()
-    assert lines[2].endswith("| a | 3.000 ± 1.414 | 0.1 |")
-    assert lines[3].endswith("| b | **2.500** | 0.1 |")
+    assert lines[2].endswith("| a | 3.000 ± 1.414 | 0.10 |")
+    assert lines[3].endswith("| b | **2.500** | 0.10 |")
 
 
 def written(folder: Path) -> Path:
