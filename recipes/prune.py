@@ -6,55 +6,34 @@ python recipes/prune.py model.path=llama-3.1-8b target=llama3.2_1b calibration.p
 from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
+import hashlib
 import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import MISSING
 
+from _calibrate import (
+    FOLDER,
+    CalibrationConfig,
+    ModelConfig,
+    Parents,
+    calibration,
+    how,
+    pad_id,
+    processes,
+    score,
+    watched,
+)
 from llamita import checkpoints, checks, runs
-from llamita.data import loader, shards, tokens
-from llamita.progress import Progress
-from llamita.prune import importance, plan, stream, surgery
+from llamita.prune import mend, plan, stream, surgery
+from llamita.prune.compensation import CompensationConfig
 
 log = logging.getLogger(__name__)
 
-# Some servers load every safetensors file that lies beside config.json.
-FOLDER = "pruning"
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The model to prune."""
-
-    path: Path = MISSING
-
-
-@dataclass(kw_only=True)
-class CalibrationConfig:
-    """The text on which units are scored."""
-
-    path: Path | None = None
-    """A data directory of ``recipes/prepare.py``; unset: each axis that is cut must be ranked by ``magnitude``."""
-    split: str = "train"
-    tokens: int = 65536
-    """How many to use, padding included; fewer when the split holds fewer."""
-    batch_rows: int = 1
-    """Rows that go through a layer at once."""
-    dtype: str | None = None
-    """Of the forward pass; unset: as the weights are stored."""
-    device: str = "auto"
-    """``cpu``, ``cuda`` or ``cuda:N``: where one layer at a time is run; ``auto``: a GPU where there is one."""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype is not None:
-            checkpoints.dtype_named(self.dtype)
-        checks.refuse(checks.device_name("calibration.device", self.device))
+MENDED = "mended"
 
 
 @dataclass(kw_only=True)
@@ -65,6 +44,7 @@ class Prune:
     target: plan.TargetConfig = field(default_factory=plan.TargetConfig)
     scores: plan.ScoreConfig = field(default_factory=plan.ScoreConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
     run: runs.RunConfig = field(default_factory=runs.RunConfig)
     out: Path = MISSING
 
@@ -80,118 +60,83 @@ def run(config: Prune) -> None:
         shape, rope = plan.target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         plan.check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
-    with runs.start(config.out, "prune", runs.plain(config), config.run) as run:
-        if run.done or not runs.is_main_process():
-            return
-        weights = checkpoints.Weights(config.model.path)
-        rows, parents = calibration(config.calibration, weights)
+    with processes(), runs.start(config.out, "prune", runs.plain(config), config.run) as run:
+        if not run.done:
+            cut(config, run)
+
+
+def cut(config: Prune, run: runs.Run) -> None:
+    """Scores, plan, what mends it, and the files; every process counts its own rows, the first one writes."""
+    weights = checkpoints.Weights(config.model.path)
+    rows, parents = calibration(config.calibration, weights)
+    if runs.is_main_process():
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
-        scores = score(config, weights, rows, parents, run)
-        kept = plan.make(scores, weights.shape, config.target, config.scores)
-        for layer, row in enumerate(scores.layer_means()):
-            run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
-        pruned = surgery.Pruned(weights, kept)
+    scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
+    kept = plan.make(scores, weights.shape, config.target, config.scores)
+    for layer, row in enumerate(scores.layer_means()):
+        run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
+    pruned, folder = surgery.Pruned(weights, kept), config.out / FOLDER
+    if runs.is_main_process():
         print(kept, flush=True)
-        kept.save(config.out / FOLDER)
-        summary = kept.summary() | losses(config, pruned, rows, scores)
-        numbers = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-        run.log({f"prune/{name}": value for name, value in (numbers | {"params": numbers["parameters_after"]}).items()})
-        lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
-        cut = summary | {"file": f"{FOLDER}/{plan.FILE}"}
-        provenance = {"recipe": "prune", "parents": lineage, "plan": cut, "settings": run.settings}
-        with checkpoints.ModelWriter(config.out, surgery.final_config(pruned, config.model.path)) as writer:
-            surgery.write(pruned, writer)
-            files = writer.publish(config.model.path, provenance)
-        files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*"))]
-        run.finish(files, parents={name: digest for name, (_, digest) in parents.items()}, summary=summary)
+        kept.save(folder)
+    stages: dict[str, stream.Model] = {"before": weights, "cut": pruned}
+    if config.calibration.path is not None and config.compensation.wanted:
+        stages["mended"] = mended(config, pruned, rows, parents, run)
+    elif config.compensation.wanted:
+        log.warning("without calibration.path nothing that the cut broke can be mended")
+    summary = kept.summary() | losses(config, stages, rows)
+    if runs.is_main_process():
+        publish(config, list(stages.values())[-1], pruned, summary, parents, run)
 
 
-Parents = dict[str, tuple[Path, str]]
-"""Path and content hash of each directory that was read."""
+def mended(
+    config: Prune, pruned: surgery.Pruned, rows: list[stream.Batch], parents: Parents, run: runs.Run
+) -> mend.Mended:
+    """The model mended on the calibration rows, finished layers of an interrupted run not anew."""
+    layers, passes = pruned.shape.num_hidden_layers, how(config.calibration, pruned)
+    made_of = pruned.plan.content_hash + str(parents["calibration"][1])
+    folder = config.out / FOLDER / f"{MENDED}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    with watched("mend", layers, run) as watch:
+        passes |= {"pad_id": pad_id(config.calibration), "seed": config.run.seed, "watch": watch}
+        result = mend.mend(pruned, rows, config.compensation, folder, **passes)
+    for layer, row in enumerate(mend.records(folder, layers)):
+        run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
+    return result
 
 
-def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tuple[list[stream.Batch], Parents]:
-    """The calibration rows and where they come from.
-
-    Raises:
-        ValueError: the data is not of the model's tokenizer, or its rows are too long for the model.
-    """
-    if config.path is None:
-        return [], {}
-    data = shards.PackedData.open(config.path)
-    where, tokenizer = f"calibration.path={config.path}", checkpoints.tokenizer_of(weights.path)
-    if tokenizer is None:
-        log.warning("model.path=%s has no tokenizer: that of calibration.path is taken to be its own", weights.path)
-    model, size = f"model.path={weights.path}", weights.shape.vocab_size
-    checks.refuse(checks.same_tokens(model, size, tokenizer, where, data.vocab_size, data.tokenizer_hash))
-    split = data.split(config.split)
-    columns, most = min(config.tokens, data.sequence_length), weights.config.max_position_embeddings
-    if columns > most:
-        raise ValueError(
-            f"calibration.path={config.path} has rows of {columns} tokens, but model.path={weights.path} has "
-            f"max_position_embeddings={most}: set calibration.tokens={most} or prepare shorter rows"
-        )
-    rows = min(config.tokens // columns, len(split))
-    if rows * columns < config.tokens:
-        log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
-    batches = loader.Sequential(split, batch_rows=config.batch_rows, max_rows=rows)
-    text = [{name: tensor[:, :columns] for name, tensor in batch.items()} for batch in batches]
-    return list[stream.Batch](text), {"calibration": (config.path, data.content_hash)}
-
-
-def how(config: CalibrationConfig, model: stream.Model) -> dict[str, Any]:
-    """Arguments of a forward pass: its dtype and its device."""
-    dtype = checkpoints.dtype_named(config.dtype) if config.dtype else model.dtype
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return {"dtype": dtype, "device": device}
-
-
-def score(
-    config: Prune, weights: checkpoints.Weights, text: list[stream.Batch], parents: Parents, run: runs.Run
-) -> importance.Scores:
-    """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones."""
-    info: dict[str, Any] = {name: parents[name][1] for name in ("model", "calibration") if name in parents}
-    if config.scores.path is not None:
-        scores = importance.Scores.load(config.scores.path)
-        if scores.info["model"] != info["model"]:
-            raise ValueError(f"scores.path={config.scores.path} was measured on another model than {weights.path}")
-        parents["scores"] = (config.scores.path, scores.content_hash)
-        return scores
-    folder = config.out / FOLDER
-    if (folder / importance.FILE).is_file():
-        scores = importance.Scores.load(folder)
-        if {name: scores.info.get(name) for name in info} == info:
-            return scores
-    if (path := config.calibration.path) is not None:
-        with Progress("calibrate", weights.shape.num_hidden_layers) as progress:
-
-            def watch(layers: int) -> None:
-                progress.update(layers)
-                if run.stop.is_set():
-                    raise runs.Stopped("stopped while scoring; start again and it is done anew")
-
-            pad_id = tokens.borders(checkpoints.load_tokenizer(shards.PackedData.open(path).tokenizer_path)).pad_id
-            passes = how(config.calibration, weights) | {"second_order": config.scores.second_order}
-            log.info("scoring in %s on %s", passes["dtype"], passes["device"])
-            passes["further"] = config.scores.further(weights.shape, config.target)
-            scores = importance.measure(weights, text, watch=watch, pad_id=pad_id, info=info, **passes)
-    else:
-        scores = importance.from_weights(weights, info=info)
-    scores.save(folder)
-    runs.crash_point("after_scores")
-    return scores
-
-
-def losses(
-    config: Prune, pruned: surgery.Pruned, text: list[stream.Batch], scores: importance.Scores
-) -> dict[str, float]:
-    """Mean loss on the calibration rows before and after, in nats, where there are rows and a whole head."""
-    if not text or pruned.shape.output_rows is not None:
+def losses(config: Prune, stages: dict[str, stream.Model], rows: list[stream.Batch]) -> dict[str, float]:
+    """Mean loss on the calibration rows of the whole, the cut and the mended model, where there is a whole head."""
+    if not rows or config.target.output_rows is not None:
         return {}
-    before, after = scores.info.get("loss"), stream.mean_loss(pruned, text, **how(config.calibration, pruned))
-    if config.scores.path is not None:  # may have been measured on other text
-        before = stream.mean_loss(pruned.model, text, **how(config.calibration, pruned))
-    return {"loss_before": before, "loss_after": after} if before is not None and after is not None else {}
+    found = {
+        f"loss_{name}": stream.mean_loss(model, rows, **how(config.calibration, model))
+        for name, model in stages.items()
+    }
+    found["loss_after"] = list(found.values())[-1]
+    return {name: loss for name, loss in found.items() if loss is not None}
+
+
+def publish(
+    config: Prune,
+    result: stream.Model,
+    pruned: surgery.Pruned,
+    summary: dict[str, Any],
+    parents: Parents,
+    run: runs.Run,
+) -> None:
+    """Write the model's directory, and say that it is done."""
+    numbers = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    run.log({f"prune/{name}": value for name, value in (numbers | {"params": numbers["parameters_after"]}).items()})
+    lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
+    made_by = summary | {"file": f"{FOLDER}/{plan.FILE}"}
+    provenance = {"recipe": "prune", "parents": lineage, "plan": made_by, "settings": run.settings}
+    with checkpoints.ModelWriter(config.out, surgery.final_config(pruned, config.model.path)) as writer:
+        surgery.write(result, writer)
+        files = writer.publish(config.model.path, provenance)
+    for folder in (config.out / FOLDER).glob(f"{MENDED}-*"):
+        shutil.rmtree(folder)
+    files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*"))]
+    run.finish(files, parents={name: digest for name, (_, digest) in parents.items()}, summary=summary)
 
 
 main = command("prune", Prune, run)

@@ -12,21 +12,16 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import MISSING
 
 import _search
-from _compose import load
+from _calibrate import CalibrationConfig, ModelConfig, calibration, how, score
 from llamita import checkpoints, checks, runs
 from llamita.progress import Progress
-from llamita.prune import importance, latency, plan, predict, search, stream, surgery
+from llamita.prune import latency, plan, predict, search, stream, surgery
 from llamita.shapes import LlamaShape
-
-if TYPE_CHECKING:
-    import prune
-else:
-    prune = load("prune")
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +30,7 @@ log = logging.getLogger(__name__)
 class Search:
     """Everything that this recipe can be told."""
 
-    model: prune.ModelConfig = field(default_factory=prune.ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     budget: search.BudgetConfig = field(default_factory=search.BudgetConfig)
     axes: search.AxesConfig = field(default_factory=search.AxesConfig)
     candidates: int = 16
@@ -43,7 +38,7 @@ class Search:
     target: plan.TargetConfig = field(default_factory=plan.TargetConfig)
     """What all candidates share; a size that is set here is the only one of its axis."""
     scores: plan.ScoreConfig = field(default_factory=plan.ScoreConfig)
-    calibration: prune.CalibrationConfig = field(default_factory=prune.CalibrationConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     held_out: _search.HeldOutConfig = field(default_factory=_search.HeldOutConfig)
     latency: latency.LatencyConfig = field(default_factory=latency.LatencyConfig)
     distill: _search.DistillConfig = field(default_factory=_search.DistillConfig)
@@ -70,11 +65,10 @@ class Laboratory:
 
     def __init__(self, config: Search, weights: checkpoints.Weights, run: runs.Run) -> None:
         self.config, self.weights, self.run = config, weights, run
-        self.how: dict[str, Any] = prune.how(config.calibration, weights)
-        rows, parents = prune.calibration(config.calibration, weights)
+        self.how: dict[str, Any] = how(config.calibration, weights)
+        rows, parents = calibration(config.calibration, weights)
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
-        pruning = {name: getattr(config, name) for name in ("model", "target", "scores", "calibration", "out")}
-        self.scores: importance.Scores = prune.score(prune.Prune(**pruning), weights, rows, parents, run)
+        self.scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
         self.held_out = held_out(config, weights)
 
@@ -97,7 +91,7 @@ class Laboratory:
 def held_out(config: Search, weights: checkpoints.Weights) -> list[stream.Batch]:
     """The rows that no score has seen."""
     wanted = dataclasses.replace(config.calibration, split=config.held_out.split, tokens=config.held_out.tokens)
-    rows: list[stream.Batch] = prune.calibration(wanted, weights)[0]
+    rows: list[stream.Batch] = calibration(wanted, weights)[0]
     return rows
 
 
@@ -109,7 +103,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     text = config.scores.have_text(calibrated=True)
     for shape in predict.alone(source, search.sizes(source, config.axes, config.target), config.target).values():
         plan.check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
-    prune.calibration(config.calibration, weights)
+    calibration(config.calibration, weights)
     if not held_out(config, weights):
         raise ValueError(f"held_out.split={config.held_out.split} of calibration.path has no rows")
     assert config.calibration.path is not None

@@ -7,6 +7,7 @@ E = head size.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -365,6 +366,14 @@ class Plan:
     def query_scale(self) -> float:
         """Factor of q_proj: the kernel divides logits by sqrt(head size), which is now another."""
         return float((self.target.head_dim / self.source.head_dim) ** 0.5)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of everything that the plan says."""
+        digest = hashlib.sha256(json.dumps(self.summary(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's tensors by name."""

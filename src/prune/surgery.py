@@ -134,19 +134,19 @@ class Pruned:
         rows = take(self.model.head(), self.plan.output_rows, None)
         return self.plan.basis.reads(rows, self.model["model.norm.weight"])
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored tensor of the smaller model by its name in a Hugging Face file, in file order."""
-        yield "model.embed_tokens.weight", self.embedding()
-        self._embedding = None
-        for index in range(self.shape.num_hidden_layers):
-            for name, tensor in self.layer(index).items():
-                yield f"model.layers.{index}.{name}", tensor
-        yield "model.norm.weight", self["model.norm.weight"]
-        if self.shape.output_rows is not None:
-            yield "score.weight", self.head()
-            yield "score.bias", torch.zeros(self.shape.output_rows, dtype=self.dtype)
-        elif not self.shape.tie_word_embeddings:
-            yield "lm_head.weight", self.head()
+
+def tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor of a smaller model by its name in a Hugging Face file, in file order."""
+    yield "model.embed_tokens.weight", model["model.embed_tokens.weight"]
+    for index in range(model.shape.num_hidden_layers):
+        for name, tensor in model.layer(index).items():
+            yield f"model.layers.{index}.{name}", tensor
+    yield "model.norm.weight", model["model.norm.weight"]
+    if model.shape.output_rows is not None:
+        yield "score.weight", model.head()
+        yield "score.bias", torch.zeros(model.shape.output_rows, dtype=model.dtype)
+    elif not model.shape.tie_word_embeddings:
+        yield "lm_head.weight", model.head()
 
 
 def channels(heads: Tensor, inside: Tensor, head_dim: int) -> Tensor:
@@ -212,7 +212,7 @@ def final_config(pruned: Pruned, source: Path) -> LlamaConfig:
     return classifier_config(pruned.config, ids, tokens)
 
 
-def write(pruned: Pruned, writer: checkpoints.ModelWriter) -> None:
+def write(model: Model, writer: checkpoints.ModelWriter) -> None:
     """Send every tensor of the smaller model to ``writer``."""
-    for name, tensor in pruned.tensors():
+    for name, tensor in tensors(model):
         writer.add(name, tensor)
