@@ -1,0 +1,279 @@
+"""Laws of what mends a cut: each part is the optimum that it claims to be, and a kill costs one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from calibration import saved, text
+from conftest import tiny_model
+from llamita import checkpoints
+from llamita.prune import importance, mend, plan, stream, surgery
+from llamita.prune.attention import Attention, divergence
+from llamita.prune.compensation import CompensationConfig, Prefix
+from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
+from llamita.prune.plan import ScoreConfig, TargetConfig
+from llamita.prune.stream import Runner
+from llamita.prune.tune import tune
+
+OFF = CompensationConfig(
+    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+)
+CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0)
+KINDS = ScoreConfig(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, layers=LayerScore.block_influence)
+SMALL = TargetConfig(
+    num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_key_value_heads=1, num_attention_heads=2, head_dim=8
+)
+
+
+def batches(number: int = 4, rows: int = 8) -> list[dict[str, Tensor]]:
+    return [text(rows=rows, length=40, seed=seed) for seed in range(number)]
+
+
+def cut(path: Path, target: TargetConfig, kinds: ScoreConfig = KINDS, **overrides: Any) -> surgery.Pruned:
+    weights = saved(tiny_model(**overrides).double(), path / "source")
+    scores = importance.measure(weights, batches(), dtype=torch.float64)
+    return surgery.Pruned(weights, plan.make(scores, weights.shape, target, kinds))
+
+
+def mended(pruned: surgery.Pruned, config: CompensationConfig, folder: Path, **options: Any) -> mend.Mended:
+    return mend.mend(pruned, batches(), config, folder, dtype=torch.float64, **options)
+
+
+def loss(model: stream.Model) -> float:
+    found = stream.mean_loss(model, batches(), dtype=torch.float64)
+    assert found is not None
+    return found
+
+
+def test_a_model_of_which_nothing_was_cut_stays_as_it_is(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig())
+    result = mended(pruned, CompensationConfig(), tmp_path / "mended")
+    for index in range(3):
+        for name, tensor in pruned.layer(index).items():
+            torch.testing.assert_close(result.layer(index)[name], tensor, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.head(), pruned.head(), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_written_is_fitted_by_least_squares(tmp_path: Path) -> None:
+    """Against float64 lstsq on the whole model's own activations, each token by one over its mean square."""
+    pruned = cut(tmp_path, TargetConfig(intermediate_size=48))
+    result = mended(pruned, dataclasses.replace(OFF, writers=True, ridge=1e-12), tmp_path / "mended")
+    model = tiny_model().double()
+    units, stream_in, stream_out = [], [], []
+    layer = model.model.layers[0]
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda m, i, o: units.append(i[0].flatten(0, 1))),
+        layer.post_attention_layernorm.register_forward_hook(lambda m, i, o: stream_in.append(i[0].flatten(0, 1))),
+        layer.register_forward_hook(lambda m, i, o: stream_out.append(o.flatten(0, 1))),
+    ]
+    for batch in batches():
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    z, x, y = torch.cat(units)[:, pruned.plan.mlp[0]], torch.cat(stream_in), torch.cat(stream_out)
+    root = y.square().mean(-1, keepdim=True).rsqrt()
+    dense = torch.linalg.lstsq(root * z, root * (y - x)).solution.T
+    torch.testing.assert_close(result.layer(0)["mlp.down_proj.weight"], dense, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_what_is_read_is_fitted_by_least_squares(tmp_path: Path) -> None:
+    """The first layer reads the kept channels of the embeddings: W [E n n'^T] [E n' n'^T]^-1, by lstsq."""
+    pruned = cut(tmp_path, TargetConfig(hidden_size=32), dataclasses.replace(KINDS, hidden=HiddenScore.activation))
+    result = mended(pruned, dataclasses.replace(OFF, readers=True, ridge=1e-12), tmp_path / "mended")
+    model = tiny_model().double()
+    ids = torch.cat([batch["input_ids"].flatten() for batch in batches()])
+    whole, kept = model.model.embed_tokens.weight[ids], pruned.plan.hidden
+    eps = model.config.rms_norm_eps
+    norm = model.model.layers[0].input_layernorm.weight
+
+    def normed(x: Tensor, gain: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
+
+    before = normed(whole, norm)
+    after = normed(whole[:, kept], norm[kept] * float(pruned.plan.norm_gain[0]))
+    seen = torch.linalg.lstsq(after, before).solution.T
+    for name in ("q_proj", "k_proj", "v_proj"):
+        expected = getattr(model.model.layers[0].self_attn, name).weight @ seen
+        # Stock RMSNorm is float32.
+        torch.testing.assert_close(result.layer(0)[f"self_attn.{name}.weight"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_every_part_lowers_the_loss_of_a_cut_on_all_axes(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    closed = loss(mended(pruned, CLOSED, tmp_path / "closed"))
+    steps = dataclasses.replace(CompensationConfig(), attention_steps=30, layer_steps=60, head_steps=60)
+    tuned = loss(mended(pruned, steps, tmp_path / "tuned"))
+    assert tuned < closed < loss(pruned)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mended_model_loads_as_any_llama(tied: bool, tmp_path: Path) -> None:
+    target = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+    pruned = cut(tmp_path, target, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    steps = dataclasses.replace(CompensationConfig(), attention_steps=3, layer_steps=3, head_steps=3)
+    result = mended(pruned, steps, tmp_path / "mended")
+    path = tmp_path / "model"
+    path.mkdir()
+    with checkpoints.ModelWriter(path, pruned.config) as writer:
+        surgery.write(result, writer)
+        writer.publish(None, {})
+    assert loss(checkpoints.Weights(path)) == pytest.approx(loss(result), rel=1e-9)
+
+
+def test_a_removed_layer_is_made_up_for_by_the_layer_before(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig(keep_layers=[0, 2]))
+    assert loss(mended(pruned, dataclasses.replace(OFF, writers=True), tmp_path / "mended")) < loss(pruned)
+
+
+def test_a_removed_first_layer_is_made_up_for_by_what_reads_behind_it(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig(keep_layers=[1, 2]))
+    assert loss(mended(pruned, CLOSED, tmp_path / "mended")) < loss(pruned)
+
+
+class Killed(Exception):
+    """What ends a process between two layers."""
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig(hidden_size=32, intermediate_size=48, keep_layers=[0, 2]))
+    steps = dataclasses.replace(CompensationConfig(), layer_steps=4, head_steps=4)
+    undisturbed = mended(pruned, steps, tmp_path / "undisturbed")
+
+    def die(done: int) -> None:
+        if done == layers:
+            raise Killed
+
+    with pytest.raises(Killed):
+        mended(pruned, steps, tmp_path / "killed", watch=die)
+    files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").iterdir()}
+    assert len(files) == layers
+    resumed = mended(pruned, steps, tmp_path / "killed")
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == when for name, when in files.items())
+    for index in range(2):
+        for name, tensor in undisturbed.layer(index).items():
+            assert torch.equal(resumed.layer(index)[name], tensor), name
+    assert torch.equal(resumed.head(), undisturbed.head())
+
+
+def test_the_prefix_decides_what_a_layer_is_fitted_to_read(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig(intermediate_size=24))
+    both = [
+        mended(pruned, dataclasses.replace(OFF, writers=True, prefix=prefix), tmp_path / prefix) for prefix in Prefix
+    ]
+    first, second = (result.layer(0)["self_attn.o_proj.weight"] for result in both)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(*(result.layer(2)["mlp.down_proj.weight"] for result in both), atol=1e-3)
+
+
+@torch.no_grad()
+def test_attention_is_that_of_the_model() -> None:
+    model = tiny_model()
+    model.config._attn_implementation = "eager"
+    batch, layer = text(), model.model.layers[0]
+    normed = layer.input_layernorm(model.model.embed_tokens(batch["input_ids"]))
+    runner = Runner(model.config, "cpu")
+    attention = Attention(runner, layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    found = attention.log_probabilities(normed, batch["position_ids"])
+    value = (normed @ layer.self_attn.v_proj.weight.T).view(4, 24, 2, 16).transpose(1, 2).repeat_interleave(2, 1)
+    heads = (found.exp() @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(heads, runner.heads(layer.self_attn, normed, batch["position_ids"]))
+    assert float(divergence(found, found, torch.ones(4, 24))) == 0.0
+
+
+def test_divergence_counts_what_is_not_padding() -> None:
+    whole, other = (torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (0, 1))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = functional.kl_div(other, whole, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(divergence(whole, other, mask), (expected * mask[:, None]).sum())
+
+
+def test_steps_that_do_not_help_where_they_did_not_look_are_taken_back() -> None:
+    weight = torch.ones(3)
+
+    def objective(batch: int, learn: bool) -> tuple[Tensor, int]:
+        total = (weight * (1.0 if batch < 8 else -1.0)).sum()
+        if learn:
+            torch.autograd.backward(total)
+        return total.detach(), 1
+
+    tuned = tune({"weight": weight}, objective, batches=9, steps=20, learning_rate=0.1, seed=0)
+    assert not tuned.kept
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_steps_find_the_least_of_a_parabola_at_a_rate_of_the_weights_own_size() -> None:
+    for size in (1e-3, 1.0, 1e3):
+        weight = torch.full((4,), size)
+
+        def objective(batch: int, learn: bool, weight: Tensor = weight, size: float = size) -> tuple[Tensor, int]:
+            total = ((weight / size - 2) ** 2).sum()
+            if learn:
+                torch.autograd.backward(total)
+            return total.detach(), 4
+
+        tuned = tune({"weight": weight}, objective, batches=1, steps=200, learning_rate=0.05, seed=0)
+        assert tuned.before == pytest.approx(1.0)
+        assert tuned.after < 1e-3
+
+
+def test_settings_that_cannot_be_meant_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"compensation\.layer_steps must be at least 0, got -1"):
+        CompensationConfig(layer_steps=-1)
+    with pytest.raises(ValueError, match=r"compensation\.ridge must be between 0 and 1, got 0"):
+        CompensationConfig(ridge=0.0)
+
+
+def test_padding_alone_is_nothing_to_fit_to(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, TargetConfig(intermediate_size=48))
+    empty = {
+        "input_ids": torch.ones(1, 8).long(),
+        "labels": torch.full((1, 8), -100),
+        "position_ids": torch.arange(8)[None],
+    }
+    with pytest.raises(ValueError, match="no token that is not padding"):
+        mend.mend(pruned, [empty], CLOSED, tmp_path / "mended", dtype=torch.float64)
+
+
+def test_the_head_is_fitted_by_the_gradient_of_the_dense_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk, backward through the last layer, against one graph over all tokens."""
+    from llamita.prune import head
+    from llamita.prune.streams import Streams
+
+    pruned = cut(tmp_path, TargetConfig(intermediate_size=48))
+    streams = Streams.start(pruned, batches(1), dtype=torch.float64, device="cpu", pad_id=None)
+    model: LlamaForCausalLM = tiny_model().double()
+    source = stream.final_norm(pruned.model, torch.float64, "cpu")
+    norm, layer = nn.Module(), streams.cut_layer(2)
+    norm = stream.final_norm(pruned, torch.float64, "cpu")
+    matrix = pruned.head().clone()
+    parameters = [*layer.parameters(), norm.weight, matrix]
+    objective = head._Divergence(streams, source, model.lm_head.weight.detach(), layer, streams.cut, norm, matrix)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 4 * 128)
+    for parameter in parameters:
+        parameter.requires_grad_()
+    total, count = objective(0, True)
+    chunked = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    states = streams.cut_runner.layer(layer, streams.cut[0], streams.positions[0])
+    cut_logits = (norm(states) @ matrix.T).log_softmax(-1)
+    whole_logits = (source(streams.whole[0]) @ model.lm_head.weight.detach().T).log_softmax(-1)
+    dense = functional.kl_div(cut_logits, whole_logits, reduction="sum", log_target=True)
+    torch.autograd.backward(dense)
+    assert count == streams.masks[0].sum()
+    torch.testing.assert_close(total, dense.detach(), rtol=1e-5, atol=1e-5)
+    for mine, parameter in zip(chunked, parameters, strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-4)
