@@ -18,6 +18,7 @@ import torch
 from llamita import checkpoints
 from llamita.data import loader, shards
 from llamita.prune import importance, plan, stream, surgery
+from llamita.prune.further import Further
 from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from llamita.prune.plan import Pairs, ScoreConfig, TargetConfig, Tie
 from llamita.shapes import LlamaShape
@@ -80,7 +81,9 @@ def main() -> None:
     told = parser.parse_args()
     weights, data = checkpoints.Weights(told.model), shards.PackedData.open(told.data)
     held_out, exact = rows(data, "validation", told.held_out_rows), torch.float32
-    scores = importance.measure(weights, rows(data, "train", told.calibration_rows), dtype=exact)
+    further = Further(by_gradient=True, greedy_rounds=1, longest_block=1)
+    text = rows(data, "train", told.calibration_rows)
+    scores = importance.measure(weights, text, dtype=exact, second_order=True, further=further)
     print(f"torch {torch.__version__}, {weights.shape}")
     print("| cut | by | loss |\n|---|---|---|")
     print(f"| nothing | | {stream.mean_loss(weights, held_out, dtype=exact):.3f} |", flush=True)

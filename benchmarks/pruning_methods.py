@@ -7,6 +7,7 @@ as they were. Where two matrices become one, all get the same mixture, because n
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.prune import importance, plan, stream, surgery
+from llamita.prune import importance, mend, plan, stream, surgery
+from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from pruning_shapes import Family, Target
+
+STEP_ROWS = 4
 
 
 class Loaded:
@@ -157,10 +161,25 @@ def random_start(case: Case) -> stream.Model:
         return Loaded(LlamaForCausalLM(config).float())
 
 
-def default(case: Case) -> stream.Model:
-    """What ``recipes/prune.py`` does when nothing but the target is said."""
-    kinds = plan.ScoreConfig()
-    return surgery.Pruned(case.weights, plan.make(case.scores, case.weights.shape, case.target.config(), kinds))
+def ours(config: CompensationConfig, **kinds: Any) -> Cut:
+    """What ``recipes/prune.py`` does with these settings; its defaults where nothing is said."""
+
+    def make(case: Case) -> stream.Model:
+        made = plan.make(case.scores, case.weights.shape, case.target.config(), plan.ScoreConfig(**kinds))
+        pruned = surgery.Pruned(case.weights, made)
+        if not config.wanted:
+            return pruned
+        # A step takes one batch, and the closed forms do not care: small batches are many steps' worth of text.
+        text = [
+            {name: tensor[first : first + STEP_ROWS] for name, tensor in batch.items()}
+            for batch in case.calibration
+            for first in range(0, len(batch["input_ids"]), STEP_ROWS)
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            mended = mend.mend(pruned, text, config, Path(folder), dtype=torch.float32, device=case.device)
+            return loaded(mended)
+
+    return make
 
 
 WIDTHS = frozenset({Family.mlp, Family.width})
@@ -179,9 +198,8 @@ def peers() -> Iterator[Method]:
     for name, score in (("FLAP", "fluctuation"), ("LLM-Pruner", "taylor_element"), ("Taylor unit", "taylor_unit")):
         if score in WidthScore.__members__:
             yield Method(name=name, families=WIDTHS, cut=_width(WidthScore[score]))
-    sliced = frozenset({Family.axes, Family.llama})
     slice_gpt = ranked(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, hidden=HiddenScore.pca)
-    yield Method(name="SliceGPT, one rotation", families=sliced, cut=slice_gpt)
+    yield Method(name="SliceGPT, one rotation", families=sliced(), cut=slice_gpt)
     yield Method(name="ShortGPT", families=DEPTH, cut=ranked(layers=LayerScore.block_influence))
     if "angular" in LayerScore.__members__:
         yield Method(name="Gromov angular", families=DEPTH, cut=ranked(layers=LayerScore["angular"]))
@@ -191,13 +209,38 @@ def _width(score: WidthScore) -> Cut:
     return ranked(mlp=score, attention=score)
 
 
-OURS = (Method(name="Llamita, defaults", families=ALL, cut=default, ours=True),)
-"""Every score with every compensation that is to stand in the table: add them here."""
+OFF = CompensationConfig(
+    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+)
+CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0)
+REFIT = dataclasses.replace(OFF, writers=True, prefix=Prefix.whole)
+NORM_PRODUCT: dict[str, Any] = {"mlp": WidthScore.norm_product, "attention": WidthScore.norm_product}
+
+
+def compensated() -> Iterator[Method]:
+    """Published compensations, and this project's."""
+    osscar = ours(REFIT, hidden=HiddenScore.activation)
+    yield Method(name="OSSCAR: elimination + least squares", families=WIDTHS, cut=osscar)
+    replace = ours(dataclasses.replace(OFF, writers=True), layers=LayerScore.angular)
+    yield Method(name="ReplaceMe: angular + least squares", families=DEPTH, cut=replace)
+    yield Method(name="Llamita, cut only", families=ALL, cut=ours(OFF), ours=True)
+    yield Method(name="Llamita, norm product + closed forms", families=ALL, cut=ours(CLOSED, **NORM_PRODUCT), ours=True)
+    yield Method(name="Llamita, closed forms", families=ALL, cut=ours(CLOSED), ours=True)
+    whole = dataclasses.replace(CLOSED, prefix=Prefix.whole)
+    yield Method(name="Llamita, closed forms, whole prefix", families=ALL, cut=ours(whole), ours=True)
+    channels = ours(CLOSED, hidden=HiddenScore.activation)
+    yield Method(name="Llamita, channels + closed forms", families=sliced(), cut=channels, ours=True)
+    yield Method(name="Llamita", families=ALL, cut=ours(CompensationConfig()), ours=True)
+
+
+def sliced() -> frozenset[Family]:
+    """Where the hidden size is cut."""
+    return frozenset({Family.axes, Family.llama})
 
 
 def methods() -> list[Method]:
     """All of them, the peers' first."""
-    return [*peers(), *OURS]
+    return [*peers(), *compensated()]
 
 
 def measure(

@@ -354,16 +354,19 @@ def _target(source: LlamaShape, target: Any) -> tuple[LlamaShape, list[str]]:
 
 def _wanted(source: LlamaShape, target: LlamaShape, config: Any, world: World) -> list[str]:
     """What the plan of units lacks: text, or a model with the rotary scaling that is asked for."""
-    path, has_text, mistakes = config.scores.path, True, []
-    if path is None or _normal(path) not in world.made:
+    kinds, has_text, mistakes = config.scores, True, []
+    future = kinds.path is not None and _normal(kinds.path) in world.made
+    if not future:
         calibrated = config.calibration.path is not None
-        mistakes = checks.errors_of(lambda: config.scores.have_text(calibrated=calibrated))
-        has_text = bool(mistakes) or config.scores.have_text(calibrated=calibrated)
+        mistakes = checks.errors_of(lambda: kinds.have_text(calibrated=calibrated))
+        has_text = bool(mistakes) or kinds.have_text(calibrated=calibrated)
+    if future or mistakes:  # what it holds is not known
+        kinds = dataclasses.replace(kinds, path=None)
     rope = None
     if (config.model.path / "config.json").is_file():
         rope = checkpoints.rope_type(checkpoints.load_config(config.model.path))
     return mistakes + checks.errors_of(
-        lambda: pruning.check_wanted(source, target, config.target, config.scores, has_text=has_text, rope_type=rope)
+        lambda: pruning.check_wanted(source, target, config.target, kinds, has_text=has_text, rope_type=rope)
     )
 
 

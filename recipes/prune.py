@@ -162,7 +162,7 @@ def score(
         scores = importance.Scores.load(folder)
         if {name: scores.info.get(name) for name in info} == info:
             return scores
-    if config.calibration.path is not None:
+    if (path := config.calibration.path) is not None:
         with Progress("calibrate", weights.shape.num_hidden_layers) as progress:
 
             def watch(layers: int) -> None:
@@ -170,10 +170,10 @@ def score(
                 if run.stop.is_set():
                     raise runs.Stopped("stopped while scoring; start again and it is done anew")
 
-            data = shards.PackedData.open(config.calibration.path)
-            pad_id = tokens.borders(checkpoints.load_tokenizer(data.tokenizer_path)).pad_id
-            passes = how(config.calibration, weights)
+            pad_id = tokens.borders(checkpoints.load_tokenizer(shards.PackedData.open(path).tokenizer_path)).pad_id
+            passes = how(config.calibration, weights) | {"second_order": config.scores.second_order}
             log.info("scoring in %s on %s", passes["dtype"], passes["device"])
+            passes["further"] = config.scores.further(weights.shape, config.target)
             scores = importance.measure(weights, text, watch=watch, pad_id=pad_id, info=info, **passes)
     else:
         scores = importance.from_weights(weights, info=info)

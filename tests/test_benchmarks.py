@@ -14,7 +14,8 @@ import torch
 import calibration
 from conftest import REPOSITORY, tiny_model
 from llamita import runs
-from llamita.prune import importance, plan, surgery
+from llamita.prune import importance, plan, stream, surgery
+from llamita.prune.further import Further
 
 
 def benchmark(name: str) -> ModuleType:
@@ -76,11 +77,12 @@ def test_only_what_was_made_is_removed(
 
 def test_every_axis_is_cut_by_every_choice_into_a_model_that_can_be_run(tmp_path: Path) -> None:
     weights, text = calibration.saved(tiny_model(tie_word_embeddings=False), tmp_path), calibration.text()
-    scores = importance.measure(weights, [text], dtype=torch.float32)
+    further = Further(by_gradient=True, greedy_rounds=1, longest_block=1)
+    scores = importance.measure(weights, [text], dtype=torch.float32, second_order=True, further=further)
     asked = list(benchmark("prune_axes").cuts(weights.shape))
     for _, _, target, kinds in asked:
         kept = plan.make(scores, weights.shape, target, kinds)
         assert kept.target.num_parameters < weights.shape.num_parameters
-        assert importance.mean_loss(surgery.Pruned(weights, kept), [text], dtype=torch.float32)
+        assert stream.mean_loss(surgery.Pruned(weights, kept), [text], dtype=torch.float32)
     choices = {choice for _, choice, _, _ in asked}
     assert choices >= {*importance.WidthScore, *importance.HiddenScore, *importance.LayerScore, *plan.Tie}

@@ -9,6 +9,7 @@ H = query heads, K = KV heads, C = channels of whatever is looked at.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita import checkpoints, runs
-from llamita.prune import obs
+from llamita.prune import depth, obs
+from llamita.prune.further import Further
 from llamita.prune.stream import Batch, Model, forward, loss_sum, mean, real_tokens, summed
 from llamita.shapes import LlamaShape
 
@@ -47,6 +49,14 @@ class WidthScore(StrEnum):
     """L2 norm over tokens times the norm of the unit's output column (Sun et al., 2023, arXiv:2306.11695)."""
     magnitude = "magnitude"
     """Product of the norms of the unit's weights; needs no calibration text."""
+    fluctuation = "fluctuation"
+    """Variance over tokens times the squared norm of the output column (An et al., 2023, arXiv:2312.11983, WIFV)."""
+    taylor_unit = "taylor_unit"
+    """Change of the loss to first order without the unit, squared for each token: see
+    :func:`llamita.prune.gradients.measure` (Molchanov et al., 2019, arXiv:1906.10771)."""
+    taylor_element = "taylor_element"
+    """Change of the loss to first order without each of the unit's weights, absolute values added (Ma et al., 2023,
+    arXiv:2305.11627)."""
     obs = "obs"
     """When the unit leaves if at every step that one does whose absence the others, fitted anew, can best make up for
     (Hassibi and Stork, 1993; see :mod:`llamita.prune.obs`). Heads and KV heads leave as blocks."""
@@ -57,6 +67,11 @@ class WidthScore(StrEnum):
     def second_order(self) -> bool:
         """Whether it needs the covariance of all units of a layer."""
         return self in (WidthScore.obs, WidthScore.leverage)
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether it needs the gradient of the loss."""
+        return self in (WidthScore.taylor_unit, WidthScore.taylor_element)
 
 
 class HiddenScore(StrEnum):
@@ -78,6 +93,18 @@ class LayerScore(StrEnum):
     """One minus the mean cosine of a layer's input and output (Men et al., 2024, arXiv:2403.03853, eq. 1)."""
     magnitude = "magnitude"
     """Frobenius norm of all the layer's weights."""
+    angular = "angular"
+    """The block of neighbours over which the stream turns least (Gromov et al., 2024, arXiv:2403.17887)."""
+    greedy = "greedy"
+    """One after another, each time the layer without which the loss is least: see
+    :func:`llamita.prune.depth.greedy` (Kim et al., 2024, arXiv:2402.02834; Song et al., 2024, arXiv:2402.09025)."""
+    contiguous = "contiguous"
+    """The block of neighbours without which the loss is least: see :func:`llamita.prune.depth.contiguous`."""
+
+    @property
+    def block(self) -> bool:
+        """Whether it ranks blocks of neighbours, in a table ``depth.<name>``, and not single layers."""
+        return self in (LayerScore.angular, LayerScore.contiguous)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,8 +112,12 @@ class Scores:
     """Statistics of one model on one calibration set. Tensors, in float64, larger = more important:
 
     - ``layers.block_influence``, ``layers.magnitude`` [L]
-    - ``mlp.activation``, ``mlp.norm_product``, ``mlp.magnitude`` [L, F]
-    - ``attention.activation``, ``attention.norm_product``, ``attention.magnitude`` [L, H, head_dim]: inputs of o_proj
+    - ``mlp.activation``, ``mlp.norm_product``, ``mlp.fluctuation``, ``mlp.magnitude`` [L, F]
+    - the same of ``attention`` [L, H, head_dim]: inputs of o_proj
+    - ``depth.angular`` [L, L]: angle over the block of n layers from layer l on, at [l, n - 1]
+    - where asked for, ``mlp.taylor_unit``, ``mlp.taylor_element`` [L, F], the same of ``attention`` [L, H, head_dim];
+      ``layers.greedy`` [L] and ``depth.greedy`` [rounds, L], ``depth.contiguous`` [L, longest block]: see
+      :mod:`llamita.prune.depth`
     - where asked for, ``mlp.obs``, ``mlp.leverage`` [L, F], ``attention.leverage`` [L, H, head_dim], ``heads.obs``
       [L, H] and ``groups.obs`` [L, K], a KV head with its query heads
     - ``hidden.activation``, ``hidden.magnitude`` [L, 2, D]: outputs of the two norms of each layer
@@ -110,7 +141,8 @@ class Scores:
         """
         if name not in self.tensors:
             raise ValueError(
-                f"scores hold no {name}: it is measured on text, so set calibration.path (or choose the magnitude)"
+                f"scores hold no {name}: it is measured on text, where it is asked for, so set calibration.path and no "
+                "scores.path (or choose the magnitude)"
             )
         return self.tensors[name]
 
@@ -180,6 +212,7 @@ def measure(
     device: torch.device | str = "cpu",
     pad_id: int | None = None,
     second_order: bool = False,
+    further: Further | None = None,
     info: Mapping[str, Any] | None = None,
     watch: Callable[[int], None] = lambda layer: None,
 ) -> Scores:
@@ -188,7 +221,8 @@ def measure(
     Batches stay whole in memory, so give as many as are wanted; where there are several processes each gives its own,
     and all get the scores of all. The forward pass runs in ``dtype`` on ``device``; sums over tokens are float32
     (float64 for ``dtype=float64``) within a row and float64 over rows. ``second_order`` adds ``obs`` and ``leverage``,
-    which hold two matrices of [F, F] in float64 on the device. ``watch`` is told how many layers are done.
+    which hold two matrices of [F, F] in float64 on the device; ``further`` adds scores that cost passes of their own.
+    ``watch`` is told how many layers are done.
 
     Raises:
         ValueError: there is no token to measure on, or what is measured is not finite.
@@ -202,6 +236,9 @@ def measure(
     shape = model.shape
     weights = _WeightScores(model)
     layers: list[dict[str, Tensor]] = []
+    embedding = model["model.embed_tokens.weight"]
+    ends = [depth.last_tokens((embedding[batch["input_ids"].cpu()] for batch in batches), masks)]
+    del embedding
     stream_DD = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device)
 
     def visit(index: int, layer: LlamaDecoderLayer, outputs: Iterator[Tensor]) -> list[Tensor]:
@@ -213,6 +250,7 @@ def measure(
         scores = statistics.scores(num_tokens)
         stream_DD.add_(scores.pop("stream"))
         layers.append(scores | weights.layer(dict(layer.named_parameters())))
+        ends.append(depth.last_tokens(kept, masks))
         watch(index + 1)
         return kept
 
@@ -224,8 +262,13 @@ def measure(
     tensors["head.covariance"] = head_DD.float()
     mean_DD = (stream_DD + head_DD) / len(tensors["norm.energy"])
     tensors["directions.vectors"], tensors["directions.energy"] = principal_directions(mean_DD)
+    tensors["depth.angular"] = depth.angular(ends, device)
     extra = {"format": FORMAT, "tokens": num_tokens, "rows": num_rows, "dtype": str(dtype)}
     loss = mean(loss_sum(model, hidden, batches, device), device)
+    del hidden
+    if further is not None:
+        done = functools.partial(watch, shape.num_hidden_layers)
+        tensors |= further.measure(model, batches, dtype=dtype, device=device, watch=done)
     scores = Scores(
         tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         info={**extra, "loss": loss, **(info or {})},
@@ -282,6 +325,19 @@ def _energy(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
     """Sum over tokens of the square, per channel."""
     x_BSC = _accumulation(x_BSC)
     return torch.einsum("bs,bsc->bc", mask_BS.to(x_BSC.dtype), x_BSC.square()).double().sum(0)
+
+
+def _variance_sums(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
+    """Sums over tokens [2, C] of x and of x^2, both in float64 throughout: the variance is a difference of the two."""
+    sums = torch.zeros(2, x_BSC.shape[-1], dtype=torch.float64, device=x_BSC.device)
+    for x_SC, mask_S in zip(x_BSC, mask_BS, strict=True):  # a row at a time, because the copy is wide
+        x_TC = x_SC[mask_S].double()
+        sums += torch.stack([x_TC.sum(0), x_TC.square_().sum(0)])
+    return sums
+
+
+def _variance(sums_2C: Tensor, num_tokens: int) -> Tensor:
+    return (sums_2C[1] / num_tokens - (sums_2C[0] / num_tokens).square()).clamp(min=0)
 
 
 def _norm_statistics(x_BSD: Tensor, mask_BS: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -348,6 +404,7 @@ class _LayerStatistics:
         for unit in ("mlp", "heads"):
             self._add(f"{unit}.mean", _mean_magnitude(seen[unit], mask_BS))
             self._add(f"{unit}.energy", _energy(seen[unit], mask_BS))
+            self._add(f"{unit}.variance", _variance_sums(seen[unit], mask_BS))
             if self._second_order:
                 self._add(f"{unit}.covariance", covariance(_accumulation(seen[unit][mask_BS])))
         for norm in ("0", "1"):
@@ -375,6 +432,8 @@ class _LayerStatistics:
             "mlp.norm_product": (sums["mlp.energy"] * _square_sums(down)[1]).sqrt(),
             "attention.activation": sums["heads.mean"].sqrt().view(heads),
             "attention.norm_product": (sums["heads.energy"] * _square_sums(out)[1]).sqrt().view(heads),
+            "mlp.fluctuation": _variance(sums["mlp.variance"], num_tokens) * _square_sums(down)[1],
+            "attention.fluctuation": (_variance(sums["heads.variance"], num_tokens) * _square_sums(out)[1]).view(heads),
             "hidden.activation": torch.stack([sums["norm.0.mean"], sums["norm.1.mean"]]).sqrt(),
             "rotary.query": sums["query"] / num_tokens,
             "rotary.key": sums["key"] / num_tokens,

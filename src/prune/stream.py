@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as distributed
@@ -17,7 +17,12 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 from llamita.shapes import LlamaShape
 
@@ -76,6 +81,56 @@ def mean(part: tuple[float, int], device: torch.device | str) -> float | None:
     return total / count if count else None
 
 
+class Runner:
+    """What a decoder layer of one configuration needs to be run: rotary angles, and a mask that parts documents."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device | str) -> None:
+        self.config = LlamaConfig.from_dict(config.to_dict())
+        self.config._attn_implementation = "sdpa"
+        self.rotary = LlamaRotaryEmbedding(self.config).to(device)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        size: int | None = self.config.head_dim
+        return size or self.config.hidden_size // self.config.num_attention_heads
+
+    def layer(self, layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """Output [B, S, D] of a whole layer."""
+        output_BSD: Tensor = layer(states_BSD, **self._seen(states_BSD, positions_BS))
+        return output_BSD
+
+    def heads(self, attention: LlamaAttention, normed_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """The heads' outputs side by side, what o_proj reads [B, S, H E]."""
+        out = attention.o_proj
+        attention.add_module("o_proj", nn.Identity())
+        try:
+            heads_BSC: Tensor = attention(normed_BSD, **self._seen(normed_BSD, positions_BS))[0]
+        finally:
+            attention.add_module("o_proj", out)
+        return heads_BSC
+
+    def mask(self, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """Which positions [B, 1, S, S] a position sees: those of its document up to itself."""
+        document_BS = (positions_BS == 0).cumsum(1)
+        same = document_BS[:, None, :, None] == document_BS[:, None, None, :]
+        length = states_BSD.shape[1]
+        return same & torch.ones(length, length, dtype=torch.bool, device=states_BSD.device).tril()
+
+    def _seen(self, states_BSD: Tensor, positions_BS: Tensor) -> dict[str, Any]:
+        return {
+            "attention_mask": create_causal_mask(self.config, states_BSD, None, None, positions_BS),
+            "position_ids": positions_BS,
+            "position_embeddings": self.rotary(states_BSD, positions_BS),
+        }
+
+
+def embedded(model: Model, batches: Sequence[Batch], dtype: torch.dtype) -> list[Tensor]:
+    """Embeddings [B, S, D] of each batch, on the CPU."""
+    embedding = model["model.embed_tokens.weight"]
+    return [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
+
+
 Visit = Callable[[int, LlamaDecoderLayer, Iterator[Tensor]], list[Tensor]]
 
 
@@ -93,29 +148,16 @@ def forward(
     ``visit(index, layer, outputs)`` may watch each layer: it draws the output of one batch after another, which is
     computed when it is drawn, and returns them.
     """
-    config = LlamaConfig.from_dict(model.config.to_dict())
-    config._attn_implementation = "sdpa"
-    rotary = LlamaRotaryEmbedding(config).to(device)
-    embedding = model["model.embed_tokens.weight"]
-    hidden = [embedding[batch["input_ids"].cpu()].to(dtype) for batch in batches]
-    del embedding
-
-    def through(layer: LlamaDecoderLayer, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
-        output_BSD: Tensor = layer(
-            states_BSD,
-            attention_mask=create_causal_mask(config, states_BSD, None, None, positions_BS),
-            position_ids=positions_BS,
-            position_embeddings=rotary(states_BSD, positions_BS),
-        )
-        return output_BSD.cpu()
+    runner = Runner(model.config, device)
+    hidden = embedded(model, batches, dtype)
 
     def outputs(layer: LlamaDecoderLayer, hidden: list[Tensor]) -> Iterator[Tensor]:
         # Each batch's input goes when its output is there, so that the states are held once, not twice.
         for batch in batches:
-            yield through(layer, hidden.pop(0).to(device), batch["position_ids"])
+            yield runner.layer(layer, hidden.pop(0).to(device), batch["position_ids"]).cpu()
 
-    for index in range(config.num_hidden_layers):
-        layer = decoder_layer(model, index, config, dtype, device)
+    for index in range(model.shape.num_hidden_layers):
+        layer = decoder_layer(model, index, runner.config, dtype, device)
         drawn = outputs(layer, hidden)
         hidden = visit(index, layer, drawn) if visit else list(drawn)
         # Let go before the next one is read: two layers would double the memory.
@@ -130,7 +172,7 @@ def decoder_layer(
         layer = LlamaDecoderLayer(config, layer_idx=0).eval()
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in model.layer(index).items()}
     layer.load_state_dict(tensors, strict=True, assign=True)
-    return layer
+    return layer.requires_grad_(False)
 
 
 def final_norm(model: Model, dtype: torch.dtype, device: torch.device | str) -> LlamaRMSNorm:

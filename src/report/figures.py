@@ -198,7 +198,7 @@ def save_png(sketch: Sketch, folder: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of so many CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
@@ -222,7 +222,8 @@ def _tick(value: float, _: Any = None) -> str:
     return "0" if value == 0 else re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
 
 
-def _count_axis(axes: Axes, label: str) -> None:
+def count_axis(axes: Axes, label: str) -> None:
+    """A horizontal axis of large numbers."""
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(label)
@@ -243,7 +244,7 @@ def _log_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+def legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """A legend above the axes, in as many columns as there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() * 72 / (60 + 8 * longest)))
@@ -294,7 +295,7 @@ def recovery(report: Report) -> Sketch | None:
     main = [curve for curve in report.curves if curve.model is report.result]
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(880, 380)
+        figure, axes = new_figure(880, 380)
         final = [curve.values[-1] for curve in report.curves]
         levels = final if floor is None else [*final, floor]
         bottom = min(levels)
@@ -320,7 +321,7 @@ def recovery(report: Report) -> Sketch | None:
             axes.annotate(text, (0.012, 0.955), xycoords="axes fraction", color=colour)
         _label_ends(axes, ends)
         axes.set_ylabel("bits per byte, held out")
-        _count_axis(axes, "training tokens")
+        count_axis(axes, "training tokens")
         return figure
 
     caption = "Bits per byte on held-out text over training tokens, as each run measured it; lower is better."
@@ -346,7 +347,7 @@ def losses(report: Report) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, grid = _figure(880, 280, 1, len(panels), squeeze=False)
+        figure, grid = new_figure(880, 280, 1, len(panels), squeeze=False)
         models: dict[str, str] = {}
         for axes, (key, label) in zip(grid[0], panels, strict=True):
             tails = []
@@ -359,9 +360,9 @@ def losses(report: Report) -> Sketch | None:
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
             axes.set_xlim(left=0)
             axes.set_ylabel(f"{label}, nats per token")
-            _count_axis(axes, "training tokens")
+            count_axis(axes, "training tokens")
         handles = [Line2D([], [], color=colour, label=name) for name, colour in models.items()]
-        _legend(figure, handles)
+        legend(figure, handles)
         return figure
 
     return Sketch(
@@ -421,7 +422,7 @@ def parameters(before: LlamaShape, after: LlamaShape, names: tuple[str, str]) ->
     """Where the parameters are, before and after: two stacked bars on one scale."""
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(880, 190)
+        figure, axes = new_figure(880, 190)
         tints = {"embedding": 0.35, "output head": 0.55, "attention": 0.75, "MLP": 1.0, "norms": 0.15}
         total = before.num_parameters
         for row, (shape, colour) in enumerate(((before, palette.muted), (after, palette.distilled))):
@@ -469,7 +470,7 @@ def heads(kept: Kept) -> Sketch:
     cell = min(28.0, 840 / num_heads, max(6.0, 620 / num_layers))
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(max(340, 90 + cell * num_heads * 1.06), 90 + cell * num_layers)
+        figure, axes = new_figure(max(340, 90 + cell * num_heads * 1.06), 90 + cell * num_layers)
         strength = _levels(kept.head_scores, kept.heads.shape)
         group = kept.source.num_attention_heads // kept.source.num_key_value_heads
         for level in np.unique(strength):
@@ -493,7 +494,7 @@ def heads(kept: Kept) -> Sketch:
 
     cut_layers, share = int((~kept.layers).sum()), int(kept.heads.sum())
     return Sketch(
-        name=f"heads-{_slug(kept.name)}",
+        name=f"heads-{slug(kept.name)}",
         title="Attention heads",
         caption=f"{share:,} of {kept.heads.size:,} query heads are kept; {cut_layers} of {num_layers} layers were cut "
         + "whole. "
@@ -511,7 +512,7 @@ def _levels(scores: Array | None, shape: tuple[int, ...], steps: int = 6) -> Arr
     return np.round(0.3 + 0.7 * np.floor(ranks * (steps - 1e-9)) / (steps - 1), 3)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A name as part of a file name and of an identifier: hostile characters go."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
 
@@ -523,7 +524,7 @@ def mlp(kept: Kept) -> Sketch | None:
     scores = kept.mlp_scores
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(880, 300)
+        figure, axes = new_figure(880, 300)
         step = 0.19
         for layer, row in enumerate(scores):
             positive = np.maximum(row, row[row > 0].min(initial=1e-12))
@@ -543,12 +544,12 @@ def mlp(kept: Kept) -> Sketch | None:
         if kept.layers.all():
             names.pop()
         handles = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in names]
-        _legend(figure, handles)
+        legend(figure, handles)
         return figure
 
     share = f"{kept.target.intermediate_size:,} of {kept.source.intermediate_size:,} units stay in each kept layer. "
     return Sketch(
-        name=f"mlp-{_slug(kept.name)}",
+        name=f"mlp-{slug(kept.name)}",
         title="MLP units",
         caption=share
         + "Thin lines span the 5th to 95th percentile of importance, thick ones the middle half; dots are "
@@ -581,7 +582,7 @@ def hidden(kept: Kept) -> Sketch | None:
     values = np.maximum(values, values[values > 0].min(initial=1e-12))
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(450, 250)
+        figure, axes = new_figure(450, 250)
         axes.set_ylim(values.min() * 0.8, values.max() * 1.1)
         axes.set_xlim(0, len(values) - 1)
         _log_axis(axes, f"importance ({kept.kinds.get('hidden', '')})")
@@ -602,7 +603,7 @@ def hidden(kept: Kept) -> Sketch | None:
 
     share = f"{kept.target.hidden_size:,} of {kept.source.hidden_size:,} channels of the residual stream are kept"
     part = f", with {percent(kept.hidden_share)} of the importance." if kept.hidden_share is not None else "."
-    return Sketch(name=f"hidden-{_slug(kept.name)}", title="Hidden channels", caption=share + part, draw=draw)
+    return Sketch(name=f"hidden-{slug(kept.name)}", title="Hidden channels", caption=share + part, draw=draw)
 
 
 def layers(kept: Kept) -> Sketch | None:
@@ -612,7 +613,7 @@ def layers(kept: Kept) -> Sketch | None:
     scores = kept.layer_scores
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(450, 250)
+        figure, axes = new_figure(450, 250)
         colours = [palette.distilled if stays else palette.cut for stays in kept.layers]
         axes.bar(np.arange(len(scores)), scores, color=colours, width=0.72)
         axes.xaxis.set_major_locator(MaxNLocator(min(16, len(scores)), integer=True))
@@ -622,13 +623,13 @@ def layers(kept: Kept) -> Sketch | None:
         axes.set_ylabel(kept.kinds.get("layers", "").replace("_", " "))
         if not kept.layers.all():
             handles = [Patch(color=palette.distilled, label="kept"), Patch(color=palette.cut, label="cut")]
-            _legend(figure, handles)
+            legend(figure, handles)
         return figure
 
     caption = f"{int(kept.layers.sum())} of {len(scores)} layers are kept: those that change the residual stream most."
     if kept.kinds.get("layers") != "block_influence":
         caption = f"{int(kept.layers.sum())} of {len(scores)} layers are kept."
-    return Sketch(name=f"layers-{_slug(kept.name)}", title="Layers", caption=caption, draw=draw)
+    return Sketch(name=f"layers-{slug(kept.name)}", title="Layers", caption=caption, draw=draw)
 
 
 def throughput(report: Report) -> Sketch | None:
@@ -643,7 +644,7 @@ def throughput(report: Report) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(880, 250)
+        figure, axes = new_figure(880, 250)
         handles = []
         for model, tokens, values, places in data:
             colour = palette.of(model, report.models)
@@ -657,8 +658,8 @@ def throughput(report: Report) -> Sketch | None:
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.set_ylabel("tokens per second and device")
-        _count_axis(axes, "training tokens")
-        _legend(figure, handles)
+        count_axis(axes, "training tokens")
+        legend(figure, handles)
         return figure
 
     return Sketch(
@@ -677,7 +678,7 @@ def tasks(report: Report) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = _figure(880, 80 + len(names) * (18 + 15 * len(models)))
+        figure, axes = new_figure(880, 80 + len(names) * (18 + 15 * len(models)))
         spread = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
         for model, offset in zip(models, spread, strict=True):
             colour = palette.of(model, report.models)
@@ -697,7 +698,7 @@ def tasks(report: Report) -> Sketch | None:
         axes.set_xlim(-0.012, 1.012)
         axes.set_xlabel("accuracy, ± one standard error")
         handles = [Line2D([], [], color=palette.of(m, report.models), marker="o", label=clip(m.name)) for m in models]
-        _legend(figure, handles)
+        legend(figure, handles)
         return figure
 
     return Sketch(name="tasks", title="Tasks", caption="Accuracy on lm-eval tasks; higher is better.", draw=draw)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamita import runs
-from llamita.report import figures
+from llamita.report import figures, searches
 from llamita.report.figures import Sketch
 from llamita.report.gather import Estimate, Model, Report, Role, Stage
 
@@ -44,11 +44,18 @@ def _sketches(report: Report) -> dict[str, list[Sketch]]:
         "tasks": [figures.tasks(report)],
         "training": [figures.losses(report), figures.throughput(report)],
     }
+    for index, search in enumerate(_searches(report)):
+        groups[f"search-{index}"] = [searches.pareto(search)]
     for index, kept in enumerate(report.kept):
         groups[f"kept-{index}"] = list(figures.of_plan(kept))
     drawn = {name: [sketch for sketch in group if sketch is not None] for name, group in groups.items()}
     _make_unique([sketch for group in drawn.values() for sketch in group])
     return {name: group for name, group in drawn.items() if group}
+
+
+def _searches(report: Report) -> list[searches.Search]:
+    found = [searches.read(stage) for stage in report.stages]
+    return [search for search in found if search is not None and search.candidates]
 
 
 def _make_unique(sketches: Sequence[Sketch]) -> None:
@@ -95,6 +102,8 @@ def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
         report=report,
         pictures=pictures,
         components=_component_rows(report),
+        searches=list(enumerate(_searches(report))),
+        cost_names=searches.COSTS,
         kept=list(enumerate(report.kept)),
         task_rows=_task_rows(report),
         training=[_training_row(m, m.stage, report) for m in report.models if m.stage and _trained(m.stage)],

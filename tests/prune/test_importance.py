@@ -107,6 +107,10 @@ def test_every_score_is_its_formula_on_the_whole_model(double: LlamaForCausalLM,
             "attention.norm_product": (heads.square().sum((0, 1)).sqrt() * attention.o_proj.weight.norm(dim=0)).view(
                 4, 16
             ),
+            "mlp.fluctuation": units.flatten(0, 1).var(0, correction=0) * mlp.down_proj.weight.norm(dim=0).square(),
+            "attention.fluctuation": (
+                heads.flatten(0, 1).var(0, correction=0) * attention.o_proj.weight.norm(dim=0).square()
+            ).view(4, 16),
             "attention.magnitude": attention.o_proj.weight.norm(dim=0).view(4, 16)
             * attention.v_proj.weight.norm(dim=1).view(2, 1, 16).expand(2, 2, 16).reshape(4, 16),
             "hidden.activation": torch.stack([minitron(seen[norm][1]) for norm in norms]),
@@ -256,6 +260,16 @@ def test_a_long_row_in_bfloat16_is_summed_in_float32() -> None:
     ]
     for measured, expected in pairs:
         torch.testing.assert_close(measured, expected, rtol=1e-5, atol=0)
+
+
+def test_a_small_variance_about_a_large_mean_is_not_lost() -> None:
+    """In float32 the mean square of 1000 +- 0.01 says nothing of it."""
+    x_BSC = 1000 + 0.01 * torch.randn(3, 500, 4, generator=torch.Generator().manual_seed(0))
+    mask_BS = torch.rand(3, 500, generator=torch.Generator().manual_seed(1)) < 0.7
+    measured = importance._variance(importance._variance_sums(x_BSC, mask_BS), int(mask_BS.sum()))
+    torch.testing.assert_close(measured, x_BSC.double()[mask_BS].var(0, correction=0), rtol=1e-4, atol=0)
+    constant = importance._variance_sums(torch.full((1, 7, 1), 0.1), torch.ones(1, 7, dtype=torch.bool))
+    assert 0 <= float(importance._variance(constant, 7)) < 1e-15
 
 
 def test_a_large_row_does_not_swallow_the_small_ones() -> None:

@@ -14,13 +14,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import tiny_config, tiny_model
 from llamita import checkpoints, checks, runs
 from llamita.data.sources import SourceConfig
 from llamita.data.tokens import TokenizerConfig
-from llamita.prune.importance import Scores
+from llamita.prune.importance import FORMAT, Scores
 from llamita.shapes import PUBLISHED
 
 EIGHT = "model.path=meta-llama/Llama-3.1-8B"
@@ -134,9 +135,18 @@ def test_pruning_with_the_scores_of_an_earlier_run_is_planned_by_what_it_measure
     plan: Planner, tmp_path: Path
 ) -> None:
     arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", f"scores.path={tmp_path / 'early'}"]
-    for tokens, wrong in ((0, 1), (64, 0)):
-        Scores(tensors={}, info={"format": 1, "tokens": tokens}).save(tmp_path / "early" / "pruning")
+    ranked = {"layers.block_influence": torch.rand(32)}
+    for tokens, tensors, wrong in ((0, {}, 1), (64, {}, 1), (64, ranked, 0)):
+        Scores(tensors=tensors, info={"format": FORMAT, "tokens": tokens}).save(tmp_path / "early" / "pruning")
         assert len(plan(*arguments, f"out={tmp_path / 'x'}")["mistakes"]) == wrong
+
+
+def test_layers_that_cannot_be_removed_are_a_mistake_before_anything_is_measured(
+    plan: Planner, data: Path, tmp_path: Path
+) -> None:
+    arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", f"calibration.path={data}"]
+    said = plan(*arguments, "scores.layers=greedy", "scores.removed_layers=3", f"out={tmp_path / 'x'}")["mistakes"]
+    assert [line for line in said if line.startswith("scores.removed_layers must be in 28..31")]
 
 
 def test_the_published_rope_of_another_kind_of_model_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:

@@ -211,6 +211,21 @@ def test_scores_are_measured_once_and_serve_other_targets(
     assert runs.read_json(tmp_path / "third/llamita.json")["parents"]["scores"]["sha256"] == digest
 
 
+def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, finished: Path
+) -> None:
+    module, kinds = recipe("prune"), importance.WidthScore
+    asked = plan.ScoreConfig(layers=importance.LayerScore.greedy, mlp=kinds.taylor_unit, spill_path=tmp_path)
+    module.run(settings(recipe, model, data, tmp_path / "first", scores=asked))
+    names = set(importance.Scores.load(tmp_path / "first").tensors) - set(importance.Scores.load(finished).tensors)
+    by_gradient = {f"{axis}.taylor_{way}" for axis in ("mlp", "attention") for way in ("unit", "element")}
+    assert names == by_gradient | {"layers.greedy", "depth.greedy"}
+    missed = settings(recipe, model, None, tmp_path / "second", scores=dataclasses.replace(asked, path=finished))
+    with pytest.raises(ValueError, match=r"scores hold no mlp\.taylor_unit"):
+        module.run(missed)
+    assert not (tmp_path / "second").exists()
+
+
 def test_scores_of_another_model_are_refused(
     recipe: Callable[[str], ModuleType], finished: Path, tmp_path: Path
 ) -> None:
@@ -386,15 +401,14 @@ def test_bad_input_ends_with_64_and_leaves_nothing_in_the_way_of_the_corrected_c
 
 
 def test_a_full_disk_ends_with_64_and_the_same_command_goes_on(
-    command: Callable[..., tuple[int, str, str]], model: Path, data: Path, finished: Path, tmp_path: Path
+    command: Callable[..., tuple[int, str, str]], model: Path, data: Path, tmp_path: Path
 ) -> None:
     """No file may grow beyond a limit: the nearest to a full disk that needs no rights. Scores fit, weights do not."""
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    line = [f"model.path={model}", *SMALL, f"calibration.path={data}", "calibration.tokens=1024", f"out={out}"]
-    line.append("calibration.batch_rows=4")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    line = [f"model.path={model}", *SMALL[:-1], f"calibration.path={data}", "calibration.tokens=1024"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, limits[1]))
     try:
-        code, _, said = command(*line)
+        code, _, said = command(*line, f"out={out}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 64, said
@@ -403,9 +417,10 @@ def test_a_full_disk_ends_with_64_and_the_same_command_goes_on(
     assert not [*out.glob(".model-*"), *out.rglob("*.tmp"), *out.glob("*.safetensors")]
     assert not (out / "DONE.json").exists()
     measured = (out / "pruning/scores.safetensors").stat().st_mtime_ns
-    assert command(*line)[0] == 0
+    assert command(*line, f"out={out}")[0] == 0
     assert (out / "pruning/scores.safetensors").stat().st_mtime_ns == measured
-    assert weights_of(out) == weights_of(finished)
+    assert command(*line, f"out={tmp_path / 'other'}")[0] == 0
+    assert weights_of(out) == weights_of(tmp_path / "other")
 
 
 def test_a_model_without_a_tokenizer_is_told_what_is_taken_for_granted(

@@ -1,0 +1,65 @@
+"""Scores that cost passes of their own, and are therefore measured only where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamita.prune import depth, gradients
+from llamita.prune.stream import Batch, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    """Which of them to measure, on how much text, and within how much memory."""
+
+    by_gradient: bool = False
+    greedy_rounds: int = 0
+    longest_block: int = 0
+    gradient_tokens: int = 32768
+    depth_tokens: int = 16384
+    depth_gib: float = 4.0
+    spill_path: Path | None = None
+
+    def measure(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        watch: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor]:
+        """The tensors that :class:`llamita.prune.importance.Scores` lists as measured where asked for.
+
+        Raises:
+            ValueError: nothing in ``batches`` has a label, more layers are to leave than the model can lose, or a loss
+                is not finite.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self.by_gradient:
+            text = first_rows(batches, self.gradient_tokens)
+            tensors |= gradients.measure(model, text, dtype=dtype, device=device, spill=self.spill_path, watch=watch)
+        text = first_rows(batches, self.depth_tokens)
+        how = depth.Removals(dtype=dtype, device=device, memory_gib=self.depth_gib, watch=watch)
+        if self.greedy_rounds:
+            tensors["layers.greedy"], tensors["depth.greedy"] = depth.greedy(model, text, self.greedy_rounds, how)
+        if self.longest_block:
+            tensors["depth.contiguous"] = depth.contiguous(model, text, self.longest_block, how)
+        return tensors
+
+
+def first_rows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The rows from the first on that together hold at most ``tokens``, padding included; one at least."""
+    rows: list[Batch] = []
+    for batch in batches:
+        count, length = batch["input_ids"].shape
+        keep = min(count, max(tokens // length, 0 if rows else 1))
+        if keep:
+            rows.append({name: tensor[:keep] for name, tensor in batch.items()})
+        tokens -= keep * length
+    return rows

@@ -1,0 +1,241 @@
+"""Half of a decoder layer, attention or MLP, fitted to the same half of the whole model's layer.
+
+Shape letters: B = rows, S = positions, T = tokens that are not padding, D and d = hidden sizes before and after,
+C = what a half computes inside: heads' outputs or MLP units, E = head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+from llamita.prune import tune
+from llamita.prune.attention import Attention, divergence
+from llamita.prune.basis import take, widened
+from llamita.prune.compensation import CompensationConfig
+from llamita.prune.importance import covariance
+from llamita.prune.refit import LeastSquares, narrow_values
+from llamita.prune.stream import Runner, summed
+from llamita.prune.streams import Streams, weights
+from llamita.prune.surgery import channels
+
+
+@dataclass(frozen=True)
+class Half:
+    """Names within a decoder layer."""
+
+    block: str
+    norm: str
+    readers: tuple[str, ...]
+    writer: str
+
+    def weight(self, layer: LlamaDecoderLayer, name: str) -> Tensor:
+        """Weight of one of the half's matrices."""
+        weight: Tensor = layer.get_submodule(f"{self.block}.{name}").weight  # type: ignore[assignment]
+        return weight
+
+    def gain(self, layer: LlamaDecoderLayer) -> Tensor:
+        """Weight of the half's norm."""
+        weight: Tensor = layer.get_submodule(self.norm).weight  # type: ignore[assignment]
+        return weight
+
+    def normed(self, layer: LlamaDecoderLayer, x_BSD: Tensor) -> Tensor:
+        """What the half reads."""
+        normed_BSD: Tensor = layer.get_submodule(self.norm)(x_BSD)
+        return normed_BSD
+
+    def inside(self, runner: Runner, layer: LlamaDecoderLayer, normed_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """What its writer reads [B, S, C]."""
+        if self is ATTENTION:
+            return runner.heads(layer.self_attn, normed_BSD, positions_BS)
+        mlp: LlamaMLP = layer.mlp
+        units_BSC: Tensor = mlp.act_fn(mlp.gate_proj(normed_BSD)) * mlp.up_proj(normed_BSD)
+        return units_BSC
+
+    def output(self, runner: Runner, layer: LlamaDecoderLayer, x_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        """The stream behind the half."""
+        inside_BSC = self.inside(runner, layer, self.normed(layer, x_BSD), positions_BS)
+        return x_BSD + inside_BSC @ self.weight(layer, self.writer).T
+
+
+ATTENTION = Half("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj")
+MLP = Half("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer while it is fitted; ``layer`` starts as the plan makes it, and changes."""
+
+    streams: Streams
+    config: CompensationConfig
+    index: int
+    source: LlamaDecoderLayer
+    layer: LlamaDecoderLayer
+
+    def name(self, half: Half, matrix: str) -> str:
+        """Name of a matrix as surgery knows it."""
+        return f"{half.block}.{matrix}.weight"
+
+
+def read(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
+    """Fit what a half does with what it reads, from states before it."""
+    if fit.config.gains:
+        _fit_gain(fit, half, whole, cut)
+    seen_Dd, outer_DD = _reading(fit, half, whole, cut)
+    if fit.config.readers:
+        _fold(fit, half, seen_Dd)
+    if half is ATTENTION and _narrows(fit):
+        if fit.config.values:
+            _fit_values(fit, seen_Dd, outer_DD)
+        if fit.config.attention_steps:
+            _fit_attention(fit, whole, cut, seed)
+
+
+def write(fit: Fit, half: Half, target: Sequence[Tensor], cut: Sequence[Tensor]) -> list[Tensor]:
+    """Fit what a half writes to what ``cut``, the stream before it, lacks of ``target``; the stream behind it.
+
+    W = W_0 + argmin sum_t w_t ||Q^T y_t - x'_t - W_0 z'_t - W z'_t||^2 + lambda |W|^2, y_t the whole model's stream
+    behind the half and z'_t what the half computed: the ridge pulls towards the weights that were kept.
+    """
+    streams, weight_dC = fit.streams, half.weight(fit.layer, half.writer)
+    if fit.config.writers:
+        squares = LeastSquares(weight_dC.shape[1], weight_dC.shape[0], streams.device)
+        for batch, y_BSD, x_BSd in streams.pairs(target, cut):
+            mask_BS = streams.masks[batch]
+            normed_BSd = half.normed(fit.layer, x_BSd)
+            z_TC = half.inside(streams.cut_runner, fit.layer, normed_BSd, streams.positions[batch])[mask_BS]
+            lacking_Td = streams.basis.states(y_BSD[mask_BS].to(z_TC.dtype)) - x_BSd[mask_BS] - z_TC @ weight_dC.T
+            squares.add(z_TC, lacking_Td, weights(y_BSD[mask_BS]))
+        weight_dC += squares.solve(fit.config.ridge).to(weight_dC.dtype)
+    return [
+        half.output(streams.cut_runner, fit.layer, x_BSd.to(streams.device), streams.positions[batch]).cpu()
+        for batch, x_BSd in enumerate(cut)
+    ]
+
+
+def _fit_gain(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> None:
+    """The norm's gain, so that its output keeps its size: as :func:`norm_gain`, of the cut stream itself."""
+    gain = measured_gain(fit.streams, whole, cut, fit.source.input_layernorm.variance_epsilon)
+    start_d = fit.streams.basis.gain(half.gain(fit.source))
+    half.gain(fit.layer).copy_(widened(start_d) * gain)
+
+
+def measured_gain(streams: Streams, whole: Sequence[Tensor], cut: Sequence[Tensor], epsilon: float) -> float:
+    """Root mean square over tokens of what the cut norm divides by over what the whole one divides by."""
+    squares = torch.zeros(2, dtype=torch.float64, device=streams.device)
+    for batch, x_BSD, x_BSd in streams.pairs(whole, cut):
+        mask_BS = streams.masks[batch]
+        divisors = [widened(x[mask_BS]).square().mean(-1).double() + epsilon for x in (x_BSd, x_BSD)]
+        squares += torch.stack([(divisors[0] / divisors[1]).sum(), mask_BS.sum().double()])
+    ratio, count = summed(squares).tolist()
+    return float((ratio / count) ** 0.5)
+
+
+def _reading(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """M [D, d], by which the cut norm's output n' says best what the whole one's n is, and sum of n n^T [D, D].
+
+    M = M_0 + argmin sum_t ||n_t - M_0 n'_t - M n'_t||^2 + lambda |M|^2, with M_0 n' = n where nothing was lost. A
+    matrix W that read n reads W M n': the least-squares fit of all that read n at once.
+    """
+    streams, gain_D = fit.streams, half.gain(fit.source)
+    seen_Dd = streams.basis.embed(gain_D.to(streams.cut_dtype))
+    squares = LeastSquares(seen_Dd.shape[1], seen_Dd.shape[0], streams.device)
+    outer_DD = torch.zeros(len(gain_D), len(gain_D), dtype=torch.float64, device=streams.device)
+    for batch, x_BSD, x_BSd in streams.pairs(whole, cut):
+        mask_BS = streams.masks[batch]
+        n_TD = half.normed(fit.source, x_BSD)[mask_BS].to(seen_Dd.dtype)
+        n_Td = half.normed(fit.layer, x_BSd)[mask_BS]
+        squares.add(n_Td, n_TD - n_Td @ seen_Dd.T)
+        outer_DD += covariance(n_TD)
+    if fit.config.readers:
+        seen_Dd = seen_Dd + squares.solve(fit.config.ridge).to(seen_Dd.dtype)
+    return seen_Dd, summed(outer_DD)
+
+
+def _fold(fit: Fit, half: Half, seen_Dd: Tensor) -> None:
+    rows = fit.streams.pruned.readers(fit.index)
+    for matrix in half.readers:
+        index, factor = rows[fit.name(half, matrix)]
+        kept_OD = take(half.weight(fit.source, matrix), index, None).to(seen_Dd.dtype)
+        half.weight(fit.layer, matrix).copy_(factor * (kept_OD @ seen_Dd))
+
+
+def _narrows(fit: Fit) -> bool:
+    plan = fit.streams.pruned.plan
+    return plan.target.head_dim < plan.source.head_dim
+
+
+def _fit_values(fit: Fit, seen_Dd: Tensor, outer_DD: Tensor) -> None:
+    """Values of each KV head through :func:`narrow_values`, read through M, and the output matrix to match."""
+    plan, attention = fit.streams.pruned.plan, fit.source.self_attn
+    wide, narrow, group = plan.source.head_dim, plan.target.head_dim, plan.target.num_attention_heads
+    group //= plan.target.num_key_value_heads
+    value, out = fit.layer.self_attn.v_proj.weight, fit.layer.self_attn.o_proj.weight
+    for place, key in enumerate(plan.kv_heads[fit.index].tolist()):
+        value_ED = widened(attention.v_proj.weight[key * wide : (key + 1) * wide])
+        heads = plan.heads[fit.index][place * group : (place + 1) * group]
+        columns = channels(heads, torch.arange(wide).expand(group, -1), wide)
+        out_GDE = widened(take(attention.o_proj.weight, None, columns)).view(-1, group, wide).transpose(0, 1)
+        down, up = narrow_values(value_ED, out_GDE.flatten(0, 1), outer_DD, narrow)
+        value[place * narrow : (place + 1) * narrow] = (down @ value_ED.double() @ seen_Dd.double()).to(value.dtype)
+        for member, out_DE in enumerate(out_GDE):
+            first = (place * group + member) * narrow
+            out[:, first : first + narrow] = fit.streams.basis.writes(out_DE.double() @ up).to(out.dtype)
+
+
+def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], seed: int) -> None:
+    """Queries and keys by steps on sum over heads and positions of KL(whole || cut attention)."""
+    streams, plan = fit.streams, fit.streams.pruned.plan
+    wide = plan.source.head_dim
+    every = torch.arange(wide)
+    queries, keys = plan.heads[fit.index], plan.kv_heads[fit.index]
+    rows = [channels(heads, every.expand(len(heads), -1), wide) for heads in (queries, keys)]
+    source = fit.source.self_attn
+    kept = [take(source.q_proj.weight, rows[0], None), take(source.k_proj.weight, rows[1], None)]
+    whole_attention = Attention(streams.whole_runner, *kept)
+    query, key = fit.layer.self_attn.q_proj.weight, fit.layer.self_attn.k_proj.weight
+    cut_attention = Attention(streams.cut_runner, query, key)
+
+    def objective(batch: int, learn: bool) -> tuple[Tensor, int]:
+        mask_BS, positions_BS = streams.masks[batch], streams.positions[batch]
+        with torch.no_grad():
+            normed_BSD = ATTENTION.normed(fit.source, whole[batch].to(streams.device))
+            wanted_BHSS = whole_attention.log_probabilities(normed_BSD, positions_BS)
+            normed_BSd = ATTENTION.normed(fit.layer, cut[batch].to(streams.device))
+        total = divergence(wanted_BHSS, cut_attention.log_probabilities(normed_BSd, positions_BS), mask_BS)
+        if learn:
+            torch.autograd.backward(total)
+        return total.detach(), int(mask_BS.sum())
+
+    _steps(fit, {"query": query, "key": key}, objective, fit.config.attention_steps, seed)
+
+
+def fit_layer(fit: Fit, target: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
+    """All weights of the layer by steps on sum_t w_t ||Q^T y_t - layer'(x'_t)||^2, y_t the stream that is wanted."""
+    streams = fit.streams
+
+    def objective(batch: int, learn: bool) -> tuple[Tensor, int]:
+        mask_BS, y_BSD = streams.masks[batch], target[batch].to(streams.device)
+        written_BSd = streams.cut_runner.layer(fit.layer, cut[batch].to(streams.device), streams.positions[batch])
+        gap_Td = (streams.basis.states(y_BSD.to(written_BSd.dtype)) - written_BSd)[mask_BS]
+        total = (weights(y_BSD[mask_BS]) * gap_Td.square().mean(-1)).sum()
+        if learn:
+            torch.autograd.backward(total)
+        return total.detach(), int(mask_BS.sum())
+
+    _steps(fit, dict(fit.layer.named_parameters()), objective, fit.config.layer_steps, seed)
+
+
+def _steps(fit: Fit, parameters: dict[str, Tensor], objective: tune.Objective, steps: int, seed: int) -> None:
+    tune.tune(
+        parameters,
+        objective,
+        batches=len(fit.streams.cut),
+        steps=steps,
+        learning_rate=fit.config.learning_rate,
+        seed=seed,
+    )

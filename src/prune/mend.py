@@ -1,0 +1,193 @@
+"""What a cut broke, mended from the first layer to the last, so that each layer again writes what the whole one wrote.
+
+Two streams run side by side, one layer at a time: the whole model's states x [D] and the smaller one's x' [d], which
+should be Q^T x, the whole stream along the axes that stay. Whatever a layer reads is fitted to what the whole layer
+read, and whatever it writes to what is still missing from Q^T x. So a layer also makes up for what was lost before it,
+and the layer before a removed one for the removed one: where Yang et al. (ReplaceMe, 2025, arXiv:2505.02819) fold a
+square map into its down-projection, the down-projection itself is fitted, which can do no worse.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from llamita import checkpoints, runs
+from llamita.prune import halves, head
+from llamita.prune.compensation import CompensationConfig, Prefix
+from llamita.prune.halves import ATTENTION, MLP, Fit
+from llamita.prune.stream import Batch, summed
+from llamita.prune.streams import Streams
+from llamita.prune.surgery import Pruned
+
+FINAL = "final.safetensors"
+
+
+class Mended:
+    """A cut model whose layers lie, fitted, in files of ``folder``."""
+
+    def __init__(self, pruned: Pruned, folder: Path) -> None:
+        """Join what a plan makes and what was fitted.
+
+        Raises:
+            ValueError: a file is missing or damaged.
+        """
+        self.pruned = pruned
+        self.config: LlamaConfig = pruned.config
+        self.shape = pruned.shape
+        self.dtype = pruned.dtype
+        self._folder = folder
+        self._final, _ = checkpoints.read_tensors(folder / FINAL)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of layer ``index``."""
+        if index == self.shape.num_hidden_layers - 1:
+            return {name: self._final[f"layer.{name}"] for name in self.shape.layer_tensors()}
+        return checkpoints.read_tensors(layer_file(self._folder, index))[0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name that belongs to no layer."""
+        if name == "lm_head.weight":
+            return self.head()
+        return self._final["norm"] if name == "model.norm.weight" else self.pruned[name]
+
+    def head(self) -> Tensor:
+        """The output matrix."""
+        return self._final["head"] if "head" in self._final else self.pruned.head()
+
+
+def layer_file(folder: Path, index: int) -> Path:
+    """Where a finished layer lies."""
+    return folder / f"layer-{index:03d}.safetensors"
+
+
+def records(folder: Path, layers: int) -> list[dict[str, float]]:
+    """What was measured at each layer, and behind the last, while it was fitted.
+
+    ``error/...`` is the squared error of the stream behind the layer relative to its square: of the layer ``start`` as
+    the plan makes it, after the closed forms (``refit``) and after the steps (``tuned``), each from the same input.
+    ``seconds/...`` is what reading and writing, and the steps, took.
+    """
+    files = [*(layer_file(folder, index) for index in range(layers)), folder / FINAL]
+    found: list[dict[str, float]] = [json.loads(checkpoints.read_tensors(file)[1]["record"]) for file in files]
+    return found
+
+
+@torch.no_grad()
+def mend(
+    pruned: Pruned,
+    batches: Sequence[Batch],
+    config: CompensationConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    pad_id: int | None = None,
+    seed: int = 0,
+    watch: Callable[[int], None] = lambda layer: None,
+) -> Mended:
+    """Fit ``pruned`` to the model that it was cut from on ``batches``; of several processes each gives its own.
+
+    The whole model's pass runs in ``dtype``, the rest in float32 or wider. Finished layers are saved in ``folder`` and
+    taken from there by a later call, which must be of the same plan, text and settings. ``watch`` is told how many
+    layers are done.
+
+    Raises:
+        ValueError: there is no token to fit to.
+    """
+    streams = Streams.start(pruned, batches, dtype=dtype, device=device, pad_id=pad_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [int(number) for number in pruned.plan.layers]
+    finished = _finished(folder, len(layers), device)
+    for number in range(layers[0]):
+        streams.advance_whole(number)
+    for index, number in enumerate(layers):
+        following = layers[index + 1] if index + 1 < len(layers) else pruned.plan.source.num_hidden_layers
+        if config.prefix is Prefix.whole:
+            streams.cut = streams.along()
+        layer, before = streams.cut_layer(index), streams.cut
+        if index < finished:
+            _load(layer, checkpoints.read_tensors(layer_file(folder, index))[0])
+            for passed in range(number, following):
+                streams.advance_whole(passed)
+            streams.cut = streams.through(layer, before)
+        else:
+            fit = Fit(streams, config, index, streams.source_layer(number), layer)
+            record = _fit_layer(fit, range(number + 1, following), seed=seed)
+            _store(layer_file(folder, index), _stored(layer, pruned.dtype), record)
+        watch(index + 1)
+    if finished <= len(layers):
+        started = time.monotonic()
+        norm, matrix, layer = head.fit(streams, layer, before, config, seed=seed)
+        tensors = {f"layer.{name}": tensor for name, tensor in _stored(layer, pruned.dtype).items()}
+        tensors["norm"] = norm.weight.to(pruned.dtype)
+        if matrix is not None:
+            tensors["head"] = matrix.to(pruned.dtype)
+        _store(folder / FINAL, tensors, {"seconds/head": time.monotonic() - started})
+    if distributed.is_initialized():
+        distributed.barrier()
+    return Mended(pruned, folder)
+
+
+def _finished(folder: Path, layers: int, device: torch.device | str) -> int:
+    """How many layers are there, and one more where the end is; as the first process sees it."""
+    number = 0
+    if runs.is_main_process():
+        files = [*(layer_file(folder, index) for index in range(layers)), folder / FINAL]
+        number = next((place for place, file in enumerate(files) if not file.is_file()), len(files))
+    return int(summed(torch.tensor(number, device=device)))
+
+
+def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
+    """Fit a layer, take both streams through it, and the whole one through the ``removed`` that follow."""
+    streams, config, before = fit.streams, fit.config, fit.streams.cut
+    clock = time.monotonic()
+    seconds = {}
+    start = streams.through(fit.layer, before)
+    whole, cut = streams.whole, before
+    for half in (ATTENTION, MLP):
+        halves.read(fit, half, whole, cut, seed=seed)
+        whole = [
+            half.output(streams.whole_runner, fit.source, x_BSD.to(streams.device), streams.positions[batch]).cpu()
+            for batch, x_BSD in enumerate(whole)
+        ]
+        if half is MLP:
+            streams.whole = whole
+            for number in removed:
+                streams.advance_whole(number)
+        cut = halves.write(fit, half, streams.whole if half is MLP else whole, cut)
+        if half is ATTENTION and config.prefix is Prefix.whole:
+            cut = [streams.basis.states(x_BSD.to(streams.cut_dtype)) for x_BSD in whole]
+    seconds["seconds/closed_forms"] = time.monotonic() - clock
+    errors = {"error/start": streams.error(start), "error/refit": streams.error(cut)}
+    if config.layer_steps:
+        clock = time.monotonic()
+        halves.fit_layer(fit, streams.whole, before, seed=seed)
+        cut = streams.through(fit.layer, before)
+        seconds["seconds/steps"] = time.monotonic() - clock
+        errors["error/tuned"] = streams.error(cut)
+    streams.cut = cut
+    return errors | seconds
+
+
+def _load(layer: LlamaDecoderLayer, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def _stored(layer: LlamaDecoderLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: parameter.detach().to(dtype) for name, parameter in layer.named_parameters()}
+
+
+def _store(path: Path, tensors: dict[str, Tensor], record: dict[str, float]) -> None:
+    if runs.is_main_process():
+        cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        checkpoints.write_tensors(path, cpu, {"record": json.dumps(record)})
