@@ -100,6 +100,7 @@ class Bench:
         self.pad_id = tokens.borders(checkpoints.load_tokenizer(self.data.tokenizer_path)).pad_id
         self.loss = self.evaluate(self.weights)
         self._scores: importance.Scores | None = None
+        self._folder: Path = told.out / "scores" / subject.name
 
     def rows(self, split: str, number: int) -> list[stream.Batch]:
         """The first rows of a split."""
@@ -121,9 +122,14 @@ class Bench:
     def case(self, target: Target, seed: int) -> Case:
         """What a method is given; the scores are measured when they are first wanted."""
         if self._scores is None:
-            started = time.monotonic()
-            self._scores = pruning_methods.measure(self.weights, self.calibration, self.pad_id, self.device)
-            print(f"{self.subject.name}: all scores in {time.monotonic() - started:.1f} s", flush=True)
+            info = {
+                "model": checkpoints.content_hash(self.subject.model),
+                "calibration": self.data.content_hash,
+                "calibration_rows": sum(len(batch["input_ids"]) for batch in self.calibration),
+            }
+            self._scores = pruning_methods.measured(
+                self._folder, self.weights, self.calibration, self.pad_id, self.device, info
+            )
         return Case(
             weights=self.weights,
             scores=self._scores,

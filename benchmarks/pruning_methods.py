@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,9 @@ def methods() -> list[Method]:
     return [*peers(), *compensated()]
 
 
-def measure(weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str) -> importance.Scores:
+def measure(
+    weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str, info: dict[str, Any]
+) -> importance.Scores:
     """Every score that any method reads, in one go."""
     further = {}
     if "all" in {field.name for field in dataclasses.fields(plan.ScoreConfig)}:
@@ -251,5 +254,23 @@ def measure(weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int,
         kinds: Any = plan.ScoreConfig(**everything)
         further["further"] = kinds.further(weights.shape, plan.TargetConfig())
     return importance.measure(
-        weights, text, dtype=torch.float32, device=device, pad_id=pad_id, second_order=True, **further
+        weights, text, dtype=torch.float32, device=device, pad_id=pad_id, second_order=True, info=info, **further
     )
+
+
+def measured(
+    folder: Path, weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str, info: dict[str, Any]
+) -> importance.Scores:
+    """The scores that lie in ``folder`` where they are of ``info``, else new ones, which are saved there.
+
+    Remove the folder when a new kind of score is to be compared.
+    """
+    if (folder / importance.FILE).is_file():
+        scores = importance.Scores.load(folder)
+        if all(scores.info.get(name) == value for name, value in info.items()):
+            return scores
+    started = time.monotonic()
+    scores = measure(weights, text, pad_id, device, info)
+    print(f"{weights.path}: all scores in {time.monotonic() - started:.1f} s", flush=True)
+    scores.save(folder)
+    return scores

@@ -80,7 +80,7 @@ class Stub:
         text = [calibration.text()]
         self.case = pruning_methods.Case(
             weights=self.weights,
-            scores=pruning_methods.measure(self.weights, text, 1, "cpu"),
+            scores=pruning_methods.measure(self.weights, text, 1, "cpu", {}),
             calibration=text,
             target=next(iter(pruning_shapes.targets(self.weights.shape, Family.mlp))),
             seed=0,
@@ -121,6 +121,11 @@ def test_what_is_measured_is_not_measured_again(subject: str, tmp_path: Path, mo
     one = ("--families", "mlp", "--targets", "50%", "--methods", "magnitude")
     rows = run(monkeypatch, subject, tmp_path, *one)
     assert [row["method"] for row in rows] == ["magnitude"]
+
+    def measure(*arguments: object) -> None:
+        raise AssertionError("the scores are there")
+
+    monkeypatch.setattr(pruning_methods, "measure", measure)
     rows = run(monkeypatch, subject, tmp_path, *one, "random units", "--seeds", "2")
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("magnitude", 0),
