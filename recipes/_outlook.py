@@ -17,6 +17,7 @@ from llamita.distill import loop, student
 from llamita.distill.engines import Precision
 from llamita.distill.teachers import Attention
 from llamita.prune import plan as pruning
+from llamita.prune.importance import LayerScore
 from llamita.shapes import PUBLISHED, LlamaShape
 
 T = TypeVar("T")
@@ -316,24 +317,45 @@ def _prune(config: Any, world: World, outlook: Outlook) -> None:
     stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
     compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored
     num_tokens = 0
+    batch_tokens = config.calibration.batch_rows * (rows.sequence_length if rows else 0)
+    measured = config.scores.path is None and rows is not None
+    second_order = measured and config.scores.second_order
+    mended = rows is not None and config.compensation.wanted and source != target
     if rows is not None:
         outlook.mistakes += _split(rows, "calibration.path", config.calibration.path, config.calibration.split)
         there = rows.rows.get(config.calibration.split, config.calibration.tokens)
         num_tokens = min(config.calibration.tokens, there * rows.sequence_length)
         row_tokens = min(rows.sequence_length, config.calibration.tokens)
-        outlook.flops = estimate.prune_flops(source, target, tokens=num_tokens, row_tokens=row_tokens)
+        outlook.flops = estimate.prune_flops(
+            source,
+            target,
+            tokens=num_tokens,
+            row_tokens=row_tokens,
+            batch_tokens=batch_tokens,
+            second_order=second_order,
+            greedy_rounds=(source.num_hidden_layers - target.num_hidden_layers)
+            * (config.scores.layers is LayerScore.greedy and measured),
+            depth_tokens=min(num_tokens, config.scores.depth_tokens),
+            mended=mended,
+            layer_steps=config.compensation.layer_steps,
+            head_steps=config.compensation.head_steps,
+        )
     outlook.memory = estimate.prune_memory(
         source,
         target,
         tokens=num_tokens,
-        batch_tokens=min(num_tokens, config.calibration.batch_rows * (rows.sequence_length if rows else 0)),
+        batch_tokens=min(num_tokens, batch_tokens),
         stored_bytes=stored,
         compute_bytes=compute,
         shard_bytes=checkpoints.SHARD_BYTES,
+        second_order=second_order,
+        mended=mended,
     )
-    # Once for the scores, once for surgery, once more for the content hash.
-    outlook.read_bytes = 3.0 * stored * source.num_parameters
+    # Once for the scores, once for surgery, once more for the content hash, and once for the whole stream of mending.
+    outlook.read_bytes = (3.0 + mended) * stored * source.num_parameters
     outlook.disk = {"model": float(stored * target.num_parameters)}
+    if mended:
+        outlook.disk["mended layers, until the end"] = float(stored * target.num_parameters)
     outlook.on_accelerator = False
     outlook.makes = target
 

@@ -80,7 +80,9 @@ def cut(config: Prune, run: runs.Run) -> None:
         print(kept, flush=True)
         kept.save(folder)
     stages: dict[str, stream.Model] = {"before": weights, "cut": pruned}
-    if config.calibration.path is not None and config.compensation.wanted:
+    if not kept.cuts:
+        log.info("nothing is cut, so nothing is mended")
+    elif config.calibration.path is not None and config.compensation.wanted:
         stages["mended"] = mended(config, pruned, rows, parents, run)
     elif config.compensation.wanted:
         log.warning("without calibration.path nothing that the cut broke can be mended")

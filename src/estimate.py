@@ -309,8 +309,14 @@ def prune_memory(
     stored_bytes: int,
     compute_bytes: int,
     shard_bytes: int,
+    second_order: bool = False,
+    mended: bool = False,
 ) -> dict[str, float]:
     """Bytes of pruning that holds one decoder layer; pages of the mapped weight files apart.
+
+    With ``second_order`` the covariance of a layer's units, its inverse, the Gram matrix of their outputs and what is
+    compacted of them are held in float64; a ``mended`` layer has float32 weights, gradients, two moments and a copy of
+    its start, and the states of both streams before, inside and behind it.
 
     The passes follow each other: calibration holds a layer and the widest moment of one batch in it, surgery a layer
     before and after, the new embedding and the shard that is being filled. The larger pass is the peak; the hidden
@@ -322,6 +328,17 @@ def prune_memory(
     calibration = {
         "calibration: one layer": float(compute_bytes * layer),
         "calibration: one batch": float(batch_tokens * forward),
+        "calibration: second order": float(second_order * 4 * 8 * source.intermediate_size**2),
+    }
+    mending = {
+        "mending: one layer, whole and cut": float(mended * (compute_bytes * layer + 5 * 4 * target.layer_parameters)),
+        "mending: least squares": float(mended * 3 * 8 * target.intermediate_size**2),
+        "mending: one batch": float(
+            mended * batch_tokens * 16 * (2 * target.hidden_size + 4 * target.intermediate_size)
+        ),
+        "mending: states of both streams": float(
+            mended * tokens * (compute_bytes * hidden + 3 * 4 * target.hidden_size)
+        ),
     }
     surgery = {
         "surgery: one layer, before and after": float(stored_bytes * (layer + target.layer_parameters)),
@@ -331,15 +348,44 @@ def prune_memory(
     return {
         "Python and its libraries": PYTHON_BYTES,
         "hidden states, before and behind the final norm": 2.0 * compute_bytes * tokens * hidden,
-    } | max(calibration, surgery, key=lambda items: sum(items.values()))
+    } | max(calibration, surgery, mending, key=lambda items: sum(items.values()))
 
 
-def prune_flops(source: LlamaShape, target: LlamaShape, *, tokens: int, row_tokens: int) -> dict[str, float]:
-    """Operations of scoring on text, and of the loss of the result on the same text."""
-    return {
-        "calibration, forward": tokens * source.forward_flops_per_token(row_tokens / 2),
-        "loss afterwards, forward": tokens * target.forward_flops_per_token(row_tokens / 2),
-    }
+def prune_flops(
+    source: LlamaShape,
+    target: LlamaShape,
+    *,
+    tokens: int,
+    row_tokens: int,
+    batch_tokens: int,
+    second_order: bool = False,
+    greedy_rounds: int = 0,
+    depth_tokens: int = 0,
+    mended: bool = False,
+    layer_steps: int = 0,
+    head_steps: int = 0,
+) -> dict[str, float]:
+    """Operations of scoring on text, of mending on it, and of the losses of the results on it.
+
+    Elimination inverts and empties one matrix of all units of a layer; greedy removal runs, in each round, the rest of
+    the model behind each layer that is left; a step runs a batch forward and backward.
+    """
+    whole, cut = (shape.forward_flops_per_token(row_tokens / 2) for shape in (source, target))
+    units, kept, depth = float(source.intermediate_size), float(target.intermediate_size), source.num_hidden_layers
+    head = 2.0 * target.vocab_size * target.hidden_size
+    flops = {"calibration, forward": tokens * whole}
+    if second_order:
+        flops["calibration, second order"] = depth * (2 * tokens * units**2 + 4 * units**3)
+    if greedy_rounds:
+        passes = sum((depth - gone) * (depth - gone + 1) / 2 for gone in range(greedy_rounds))
+        flops["calibration, greedy removal"] = depth_tokens * passes * whole / depth
+    if mended:
+        squares = 2 * tokens * (kept**2 + kept * target.hidden_size) + kept**3
+        flops["mending, forward"] = tokens * (whole + 4 * cut)
+        flops["mending, least squares"] = target.num_hidden_layers * squares
+        steps = layer_steps * cut + head_steps * (cut / target.num_hidden_layers + head)
+        flops["mending, steps"] = 3.0 * batch_tokens * steps
+    return flops | {"losses, forward": tokens * (whole + (1 + mended) * cut)}
 
 
 def evaluation_flops(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
+from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
+from llamita.prune.plan import ScoreConfig
 
 Batch = dict[str, Tensor]
 IGNORE = -100
@@ -41,3 +44,16 @@ def saved(model: LlamaForCausalLM, path: Path) -> checkpoints.Weights:
     path.mkdir(parents=True, exist_ok=True)
     checkpoints.save_model(model, path, source=None, provenance={})
     return checkpoints.Weights(path)
+
+
+def ranked(**kinds: Any) -> ScoreConfig:
+    """Scores of one cheap pass, but for what is said otherwise."""
+    return ScoreConfig(
+        **{
+            "mlp": WidthScore.norm_product,
+            "attention": WidthScore.norm_product,
+            "hidden": HiddenScore.activation,
+            "layers": LayerScore.block_influence,
+        }
+        | kinds
+    )

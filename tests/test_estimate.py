@@ -240,7 +240,24 @@ def test_an_evaluation_holds_its_teacher_and_the_largest_other_model() -> None:
 
 
 def test_pruning_without_text_takes_no_operations() -> None:
-    assert sum(estimate.prune_flops(LLAMA_8B, LLAMA_1B, tokens=0, row_tokens=0).values()) == 0
+    assert sum(estimate.prune_flops(LLAMA_8B, LLAMA_1B, tokens=0, row_tokens=0, batch_tokens=0).values()) == 0
+
+
+def test_elimination_and_mending_are_counted_where_they_are_asked_for() -> None:
+    plain = {"tokens": 2**18, "row_tokens": 2048, "batch_tokens": 2**14}
+    least = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain)
+    steps = {"layer_steps": 200, "head_steps": 200}
+    most = estimate.prune_flops(
+        LLAMA_8B, LLAMA_1B, **plain, second_order=True, greedy_rounds=16, depth_tokens=2**14, mended=True, **steps
+    )
+    assert most.items() > {name: least[name] for name in ("calibration, forward",)}.items()
+    # A step is a batch forward and backward through every layer of the small model: three times its forward pass.
+    cut = LLAMA_1B.forward_flops_per_token(1024)
+    assert most["mending, steps"] > 3 * 200 * 2**14 * cut
+    # The first round of greedy removal runs half the model behind each of 32 layers, 16.5 whole passes.
+    one = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain, greedy_rounds=1, depth_tokens=2**14)
+    passes = one["calibration, greedy removal"] / (2**14 * LLAMA_8B.forward_flops_per_token(1024))
+    assert passes == pytest.approx(16.5)
 
 
 def prune_memory(target: LlamaShape, **changes: int) -> dict[str, float]:

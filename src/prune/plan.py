@@ -368,6 +368,11 @@ class Plan:
         return float((self.target.head_dim / self.source.head_dim) ** 0.5)
 
     @property
+    def cuts(self) -> bool:
+        """Whether anything of the source is lost."""
+        return self.source != self.target
+
+    @property
     def content_hash(self) -> str:
         """Hash of everything that the plan says."""
         digest = hashlib.sha256(json.dumps(self.summary(), sort_keys=True).encode())

@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from calibration import saved, text
+from calibration import ranked, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import importance, plan, surgery
 from llamita.prune.basis import Basis
 from llamita.prune.importance import HiddenScore
-from llamita.prune.plan import ScoreConfig, TargetConfig, Tie
+from llamita.prune.plan import TargetConfig, Tie
 
-PCA = ScoreConfig(hidden=HiddenScore.pca)
+PCA = ranked(hidden=HiddenScore.pca)
 
 
 def rotation(size: int, kept: int, seed: int = 0) -> Tensor:
@@ -36,7 +36,7 @@ def exact_norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
 def rotated(model: LlamaForCausalLM, path: Path) -> LlamaForCausalLM:
     """The model with its whole stream turned, nothing cut."""
     weights = saved(model, path / "source")
-    kept = plan.make(None, weights.shape, TargetConfig(), ScoreConfig())
+    kept = plan.make(None, weights.shape, TargetConfig(), ranked())
     pruned = surgery.Pruned(weights, dataclasses.replace(kept, rotation=rotation(64, 64)))
     path.joinpath("turned").mkdir()
     with checkpoints.ModelWriter(path / "turned", pruned.config) as writer:

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from calibration import Batch, padded, saved, text
+from calibration import Batch, padded, ranked, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import depth, importance, plan, stream
 from llamita.prune.depth import Removals
 from llamita.prune.further import Further, first_rows
 from llamita.prune.importance import LayerScore, Scores
-from llamita.prune.plan import ScoreConfig, TargetConfig
+from llamita.prune.plan import TargetConfig
 
 LAYERS = 5
 EXACT = Removals(dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_a_row_of_padding_has_no_last_token() -> None:
 def test_a_plan_keeps_the_layers_that_the_score_leaves(
     kind: LayerScore, double: LlamaForCausalLM, weights: checkpoints.Weights
 ) -> None:
-    kinds, target = ScoreConfig(layers=kind), TargetConfig(num_hidden_layers=LAYERS - 2)
+    kinds, target = ranked(layers=kind), TargetConfig(num_hidden_layers=LAYERS - 2)
     further = kinds.further(weights.shape, target)
     scores = importance.measure(weights, [text()], dtype=torch.float64, further=further)
     kept = plan.make(scores, weights.shape, target, kinds).layers.tolist()
@@ -178,14 +178,14 @@ def test_a_plan_keeps_the_layers_that_the_score_leaves(
 def test_only_what_is_asked_for_is_measured(weights: checkpoints.Weights) -> None:
     shape, two, width = weights.shape, TargetConfig(num_hidden_layers=3), TargetConfig(intermediate_size=48)
     asked = {
-        ScoreConfig().further(shape, two): Further(),
-        ScoreConfig(layers=LayerScore.greedy).further(shape, two): Further(greedy_rounds=2),
-        ScoreConfig(layers=LayerScore.greedy).further(shape, width): Further(),
-        ScoreConfig(layers=LayerScore.greedy, removed_layers=4).further(shape, two): Further(greedy_rounds=4),
-        ScoreConfig(layers=LayerScore.contiguous).further(shape, two): Further(longest_block=2),
-        ScoreConfig(mlp=importance.WidthScore.taylor_unit).further(shape, two): Further(),
-        ScoreConfig(mlp=importance.WidthScore.taylor_unit).further(shape, width): Further(by_gradient=True),
-        ScoreConfig(all=True).further(shape, two): Further(by_gradient=True, greedy_rounds=2, longest_block=2),
+        ranked().further(shape, two): Further(),
+        ranked(layers=LayerScore.greedy).further(shape, two): Further(greedy_rounds=2),
+        ranked(layers=LayerScore.greedy).further(shape, width): Further(),
+        ranked(layers=LayerScore.greedy, removed_layers=4).further(shape, two): Further(greedy_rounds=4),
+        ranked(layers=LayerScore.contiguous).further(shape, two): Further(longest_block=2),
+        ranked(mlp=importance.WidthScore.taylor_unit).further(shape, two): Further(),
+        ranked(mlp=importance.WidthScore.taylor_unit).further(shape, width): Further(by_gradient=True),
+        ranked(all=True).further(shape, two): Further(by_gradient=True, greedy_rounds=2, longest_block=2),
     }
     for found, expected in asked.items():
         assert found == expected
@@ -210,7 +210,7 @@ def test_saved_scores_that_lack_what_is_asked_for_are_refused(weights: checkpoin
         (one, r"at most 1 do, and target\.num_hidden_layers removes 2", {"layers": LayerScore.greedy}),
         (one, r"at most 1 do.*scores\.removed_layers=2", {"layers": LayerScore.contiguous}),
     ):
-        config = ScoreConfig(path=path, **kinds)  # type: ignore[arg-type]
+        config = ranked(path=path, **kinds)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
             plan.check_wanted(shape, cut, target, config, has_text=True, rope_type=None)
         with pytest.raises(ValueError, match=message):
@@ -219,7 +219,7 @@ def test_saved_scores_that_lack_what_is_asked_for_are_refused(weights: checkpoin
 
 @pytest.mark.parametrize("removed", [1, LAYERS])
 def test_a_number_of_layers_that_cannot_be_removed_is_refused(removed: int, weights: checkpoints.Weights) -> None:
-    target, kinds = TargetConfig(num_hidden_layers=3), ScoreConfig(removed_layers=removed)
+    target, kinds = TargetConfig(num_hidden_layers=3), ranked(removed_layers=removed)
     shape = plan.target_shape(weights.shape, target)
     with pytest.raises(ValueError, match=rf"scores\.removed_layers must be in 2\.\.4, .* got {removed}"):
         plan.check_wanted(weights.shape, shape, target, kinds, has_text=True, rope_type=None)
@@ -246,7 +246,7 @@ def test_no_round_leaves_no_layer_and_no_label_no_loss(weights: checkpoints.Weig
 )
 def test_a_setting_out_of_range_is_refused_by_name(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"scores\.{setting} must be .*got {value}"):
-        ScoreConfig(**{setting: value})
+        ranked(**{setting: value})
 
 
 def test_the_first_rows_are_as_many_as_fit_and_one_at_least() -> None:

@@ -13,6 +13,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from calibration import ranked
 from conftest import REPOSITORY, tiny_config
 from llamita import checkpoints, runs
 from llamita.prune import plan, surgery
@@ -46,13 +47,19 @@ def random_scores(shape: LlamaShape, seed: int = 0) -> Scores:
         "rotary.key": draw(layers, shape.num_key_value_heads, shape.head_dim // 2),
         "norm.energy": draw(2 * layers + 1, hidden),
         "norm.epsilon": draw(2 * layers + 1),
+        "mlp.obs": draw(layers, shape.intermediate_size),
+        "heads.obs": draw(layers, heads),
+        "groups.obs": draw(layers, shape.num_key_value_heads),
+        "layers.greedy": draw(layers),
+        "directions.energy": draw(hidden).sort(descending=True).values,
+        "directions.vectors": torch.linalg.qr(draw(hidden, hidden)).Q if hidden < 1000 else torch.eye(hidden),
     }
     return Scores(tensors=tensors, info={})
 
 
 def made(source: LlamaConfig, config: TargetConfig) -> tuple[Plan, LlamaConfig]:
     shape = checkpoints.shape_of(source)
-    kept = plan.make(random_scores(shape), shape, config, ScoreConfig())
+    kept = plan.make(random_scores(shape), shape, config, ranked())
     return kept, surgery.pruned_config(source, kept)
 
 
@@ -236,7 +243,7 @@ def test_what_is_unset_stays_as_in_the_source() -> None:
 
 
 def test_nothing_to_cut_needs_no_scores() -> None:
-    kept = plan.make(None, SHAPE, TargetConfig(), ScoreConfig())
+    kept = plan.make(None, SHAPE, TargetConfig(), ranked())
     assert kept.layers.tolist() == [0, 1, 2]
     assert kept.mlp.tolist() == [list(range(96))] * 3
     assert kept.heads.tolist() == [[0, 1, 2, 3]] * 3
@@ -244,7 +251,7 @@ def test_nothing_to_cut_needs_no_scores() -> None:
     assert (kept.norm_gain == 1).all()
     assert kept.query_scale == 1
     with pytest.raises(ValueError, match="needs scores"):
-        plan.make(None, SHAPE, TargetConfig(num_hidden_layers=2), ScoreConfig())
+        plan.make(None, SHAPE, TargetConfig(num_hidden_layers=2), ranked())
 
 
 def test_the_highest_scores_stay_and_equals_go_to_the_lowest_index() -> None:
@@ -252,10 +259,10 @@ def test_the_highest_scores_stay_and_equals_go_to_the_lowest_index() -> None:
     scores.tensors["mlp.norm_product"][:] = 0
     scores.tensors["mlp.norm_product"][1, 90] = 1
     scores.tensors["layers.block_influence"][:] = torch.tensor([0.3, 0.1, 0.2])
-    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, num_hidden_layers=2), ScoreConfig())
+    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, num_hidden_layers=2), ranked())
     assert kept.layers.tolist() == [0, 2]
     assert kept.mlp.tolist() == [[0, 1, 2]] * 2
-    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, keep_layers=[1, 2]), ScoreConfig())
+    kept = plan.make(scores, SHAPE, TargetConfig(intermediate_size=3, keep_layers=[1, 2]), ranked())
     assert kept.layers.tolist() == [1, 2]
     assert kept.mlp.tolist() == [[0, 1, 90], [0, 1, 2]]
 
@@ -264,17 +271,17 @@ def test_an_axis_is_ranked_by_the_score_that_was_asked_for() -> None:
     scores = random_scores(SHAPE)
     small = TargetConfig(intermediate_size=40)
     for kind in (WidthScore.activation, WidthScore.norm_product):
-        kept = plan.make(scores, SHAPE, small, ScoreConfig(mlp=kind)).mlp
+        kept = plan.make(scores, SHAPE, small, ranked(mlp=kind)).mlp
         assert torch.equal(kept, scores[f"mlp.{kind}"].topk(40).indices.sort().values)
     with pytest.raises(ValueError, match=r"mlp\.magnitude"):
-        plan.make(scores, SHAPE, small, ScoreConfig(mlp=WidthScore.magnitude))
+        plan.make(scores, SHAPE, small, ranked(mlp=WidthScore.magnitude))
 
 
 def test_query_heads_are_ranked_within_their_kv_group() -> None:
     """However strong one group is, each KV head keeps as many of its own query heads."""
     scores = random_scores(SHAPE)
     scores.tensors["attention.norm_product"][:, :2] += 10
-    kept = plan.make(scores, SHAPE, TargetConfig(num_attention_heads=2), ScoreConfig())
+    kept = plan.make(scores, SHAPE, TargetConfig(num_attention_heads=2), ranked())
     best = scores["attention.norm_product"].norm(dim=-1).view(3, 2, 2).argmax(-1)
     assert kept.kv_heads.tolist() == [[0, 1]] * 3
     assert torch.equal(kept.heads, best + torch.tensor([0, 2]))
@@ -284,7 +291,7 @@ def test_a_kv_head_leaves_with_its_query_heads() -> None:
     scores = random_scores(SHAPE)
     scores.tensors["attention.norm_product"][1, 2] += 10
     small = TargetConfig(num_attention_heads=2, num_key_value_heads=1)
-    kept = plan.make(scores, SHAPE, small, ScoreConfig())
+    kept = plan.make(scores, SHAPE, small, ranked())
     assert (kept.kv_heads.tolist()[1], kept.heads.tolist()[1]) == ([1], [2, 3])
     assert torch.equal(kept.heads // 2, kept.kv_heads.repeat_interleave(2, 1))
 
@@ -295,7 +302,7 @@ def test_a_kv_head_counts_for_what_stays_with_it() -> None:
     scores = random_scores(shape)
     scores.tensors["attention.norm_product"][0] = torch.tensor([3.0, 3, 3, 3, 5, 1, 1, 1])[:, None]
     config = TargetConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=8, pairs=Pairs.strongest)
-    kept = plan.make(scores, shape, config, ScoreConfig())
+    kept = plan.make(scores, shape, config, ranked())
     # All four of the first group have the norm 6, of the second 5.3; the best two 4.2 and 5.1.
     assert (kept.kv_heads[0].tolist(), kept.heads[0].tolist()) == ([1], [4, 5])
     for layer, (key,) in enumerate(kept.kv_heads.tolist()):
@@ -311,7 +318,7 @@ def test_the_kept_pairs_of_a_head_turn_at_the_frequencies_of_the_small_head(larg
     """Bit for bit: pair i of the small head is pair r i of the large one."""
     frequencies = [LlamaRotaryEmbedding(tiny_config(head_dim=size)).inv_freq for size in (large, small)]
     shape = dataclasses.replace(SHAPE, head_dim=large)
-    kept = plan.make(random_scores(shape), shape, TargetConfig(head_dim=small), ScoreConfig())
+    kept = plan.make(random_scores(shape), shape, TargetConfig(head_dim=small), ranked())
     assert torch.equal(frequencies[0][kept.pairs[0, 0]], frequencies[1])
 
 
@@ -327,7 +334,7 @@ def test_the_published_rope_factor_changes_35_of_64_frequencies() -> None:
 
 def test_the_strongest_of_neighbouring_pairs_may_stay_instead() -> None:
     scores = random_scores(SHAPE)
-    kept = plan.make(scores, SHAPE, TargetConfig(head_dim=8, pairs=Pairs.strongest), ScoreConfig())
+    kept = plan.make(scores, SHAPE, TargetConfig(head_dim=8, pairs=Pairs.strongest), ranked())
     energy = scores["rotary.query"].view(3, 2, 2, 8).sum(2) * scores["rotary.key"]
     for slot, pair in enumerate(kept.pairs.unbind(-1)):
         assert torch.equal(pair, 2 * slot + energy[..., 2 * slot : 2 * slot + 2].argmax(-1))
@@ -335,7 +342,7 @@ def test_the_strongest_of_neighbouring_pairs_may_stay_instead() -> None:
 
 def test_hidden_channels_are_one_set_by_the_norms_of_the_layers_that_stay() -> None:
     scores = random_scores(SHAPE)
-    kept = plan.make(scores, SHAPE, TargetConfig(hidden_size=32, keep_layers=[0, 2]), ScoreConfig())
+    kept = plan.make(scores, SHAPE, TargetConfig(hidden_size=32, keep_layers=[0, 2]), ranked())
     total = scores["hidden.activation"][[0, 2]].sum((0, 1))
     assert torch.equal(kept.hidden, total.topk(32).indices.sort().values)
     assert kept.norm_gain.shape == (5,)
@@ -363,7 +370,7 @@ def test_the_gain_is_the_lost_energy() -> None:
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     small = TargetConfig(num_hidden_layers=2, hidden_size=32, head_dim=8, output_rows=[5, 3])
-    kept = plan.make(random_scores(SHAPE), SHAPE, small, ScoreConfig())
+    kept = plan.make(random_scores(SHAPE), SHAPE, small, ranked())
     kept.save(tmp_path)
     again = Plan.load(tmp_path)
     assert again.tensors().keys() == kept.tensors().keys()
@@ -376,7 +383,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_plan_says_what_it_keeps_and_how_two_differ() -> None:
     small = TargetConfig(intermediate_size=48, hidden_size=32)
-    first, second = (plan.make(random_scores(SHAPE, seed), SHAPE, small, ScoreConfig()) for seed in (0, 1))
+    first, second = (plan.make(random_scores(SHAPE, seed), SHAPE, small, ranked()) for seed in (0, 1))
     assert f"{first.target.num_parameters:,} parameters" in str(first)
     assert "hidden_size" in str(first)
     assert set(first.diff(first).values()) == {1.0}
@@ -385,9 +392,7 @@ def test_a_plan_says_what_it_keeps_and_how_two_differ() -> None:
     assert 0.2 < shared["mlp"] < 0.8
     assert shared["hidden"] < 1
     heads = [
-        plan.make(
-            random_scores(SHAPE), SHAPE, TargetConfig(head_dim=8, pairs=pairs, num_hidden_layers=n), ScoreConfig()
-        )
+        plan.make(random_scores(SHAPE), SHAPE, TargetConfig(head_dim=8, pairs=pairs, num_hidden_layers=n), ranked())
         for pairs, n in ((Pairs.first, 3), (Pairs.strongest, 3), (Pairs.strongest, 2))
     ]
     shared = heads[0].diff(heads[1])
@@ -396,23 +401,23 @@ def test_a_plan_says_what_it_keeps_and_how_two_differ() -> None:
     assert heads[1].diff(heads[2])["values"] == pytest.approx(2 / 3)
     other = dataclasses.replace(SHAPE, intermediate_size=64)
     with pytest.raises(ValueError, match="different sources"):
-        first.diff(plan.make(None, other, TargetConfig(), ScoreConfig()))
+        first.diff(plan.make(None, other, TargetConfig(), ranked()))
 
 
 def test_untied_becomes_tied_by_least_squares_where_the_heads_input_is_known() -> None:
     scores = random_scores(SHAPE)
     tied = TargetConfig(tie_word_embeddings=True, hidden_size=32)
-    assert plan.make(scores, SHAPE, tied, ScoreConfig()).tie is Tie.mean
+    assert plan.make(scores, SHAPE, tied, ranked()).tie is Tie.mean
     with pytest.raises(ValueError, match=r"head\.covariance"):
-        plan.make(scores, SHAPE, dataclasses.replace(tied, tie=Tie.least_squares), ScoreConfig())
+        plan.make(scores, SHAPE, dataclasses.replace(tied, tie=Tie.least_squares), ranked())
     scores.tensors["head.covariance"] = torch.randn(64, 64)
-    kept = plan.make(scores, SHAPE, tied, ScoreConfig())
+    kept = plan.make(scores, SHAPE, tied, ranked())
     assert kept.tie is Tie.least_squares
     assert torch.equal(kept.head_covariance, scores["head.covariance"])
-    assert plan.make(scores, dataclasses.replace(SHAPE, tie_word_embeddings=True), tied, ScoreConfig()).tie is None
+    assert plan.make(scores, dataclasses.replace(SHAPE, tie_word_embeddings=True), tied, ranked()).tie is None
 
 
-MAGNITUDES = ScoreConfig(
+MAGNITUDES = ranked(
     mlp=WidthScore.magnitude,
     attention=WidthScore.magnitude,
     hidden=HiddenScore.magnitude,
@@ -440,16 +445,16 @@ def test_only_an_axis_that_is_cut_needs_text(cut: dict[str, Any], axis: str | No
     def check(kinds: ScoreConfig, *, has_text: bool) -> None:
         plan.check_wanted(SHAPE, shape, config, kinds, has_text=has_text, rope_type="default")
 
-    check(ScoreConfig(), has_text=True)
+    check(ranked(), has_text=True)
     check(MAGNITUDES, has_text=False)
     if axis is None:
-        check(ScoreConfig(), has_text=False)
-        plan.make(None, SHAPE, config, ScoreConfig())
+        check(ranked(), has_text=False)
+        plan.make(None, SHAPE, config, ranked())
         return
-    kind = getattr(ScoreConfig(), axis)
+    kind = getattr(ranked(), axis)
     words = f"scores.{axis}={kind} is measured on text: set calibration.path, or scores.{axis}=magnitude"
     with pytest.raises(ValueError, match=re.escape(words)):
-        check(ScoreConfig(), has_text=False)
+        check(ranked(), has_text=False)
 
 
 def test_what_else_needs_text_or_another_rope_is_said_before_anything_is_read() -> None:

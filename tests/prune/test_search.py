@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from calibration import saved, text
+from calibration import ranked, saved, text
 from conftest import tiny_model
 from llamita.prune import importance, plan, predict, search
-from llamita.prune.plan import SIZES, ScoreConfig, TargetConfig
+from llamita.prune.plan import SIZES, TargetConfig
 from llamita.shapes import PUBLISHED, LlamaShape
 
 EIGHT = PUBLISHED["meta-llama/Llama-3.1-8B"]
@@ -146,7 +146,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> importance.Scores:
 
 def test_a_larger_shape_never_loses_more(scores: importance.Scores) -> None:
     """To the last bit: the order in which dominated shapes are discarded rests on it."""
-    removed = predict.Removed(scores, SOURCE, ScoreConfig())
+    removed = predict.Removed(scores, SOURCE, ranked())
     prediction = predict.Prediction(whole=5.0, weights={"layers": 3.1, "hidden": 0.7, "mlp": 0.3, "attention": 0.9})
     found = every_valid_shape()
     losses = {shape: prediction.loss(removed.shares(shape)) for shape in found}
@@ -157,7 +157,7 @@ def test_a_larger_shape_never_loses_more(scores: importance.Scores) -> None:
 
 def test_removed_shares_are_those_of_the_plan(scores: importance.Scores) -> None:
     """One axis at a time, the units that a plan drops hold exactly the removed share of squared scores."""
-    removed, kinds = predict.Removed(scores, SOURCE, ScoreConfig()), ScoreConfig()
+    removed, kinds = predict.Removed(scores, SOURCE, ranked()), ranked()
 
     def cut(**sizes: Any) -> tuple[plan.Plan, dict[str, float]]:
         target = TargetConfig(**sizes)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
-from calibration import Batch, saved, text
+from calibration import Batch, ranked, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import importance, plan, stream, surgery
@@ -21,9 +21,9 @@ from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from llamita.prune.plan import Pairs, Plan, ScoreConfig, TargetConfig, Tie
 from llamita.prune.tie import COVARIANCE_WEIGHT
 
-MEASURED = ScoreConfig()
-MINITRON = ScoreConfig(mlp=WidthScore.activation, attention=WidthScore.activation)
-MAGNITUDES = ScoreConfig(
+MEASURED = ranked()
+MINITRON = ranked(mlp=WidthScore.activation, attention=WidthScore.activation)
+MAGNITUDES = ranked(
     mlp=WidthScore.magnitude,
     attention=WidthScore.magnitude,
     hidden=HiddenScore.magnitude,

@@ -123,8 +123,8 @@ def test_data_that_the_tokenizer_of_a_published_model_cannot_have_made_is_a_mist
 def test_pruning_by_scores_of_text_without_text_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
     arguments = ["recipe=prune", bare_eight(tmp_path / "8b"), "target=llama3.2_1b", f"out={tmp_path / 'x'}"]
     assert plan(*arguments)["mistakes"] == [
-        "scores.mlp=norm_product, scores.attention=norm_product, scores.hidden=activation, "
-        "scores.layers=block_influence are measured on text: set calibration.path, or " + " ".join(MAGNITUDES)
+        "scores.mlp=obs, scores.attention=obs, scores.hidden=pca, scores.layers=greedy "
+        "are measured on text: set calibration.path, or " + " ".join(MAGNITUDES)
     ]
     assert plan(*arguments, f"calibration.path={data}")["mistakes"] == []
     assert plan(*arguments, *MAGNITUDES)["mistakes"] == []
@@ -134,7 +134,8 @@ def test_pruning_by_scores_of_text_without_text_is_a_mistake(plan: Planner, data
 def test_pruning_with_the_scores_of_an_earlier_run_is_planned_by_what_it_measured(
     plan: Planner, tmp_path: Path
 ) -> None:
-    arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", f"scores.path={tmp_path / 'early'}"]
+    arguments = ["recipe=prune", EIGHT, "target.num_hidden_layers=4", "scores.layers=block_influence"]
+    arguments.append(f"scores.path={tmp_path / 'early'}")
     ranked = {"layers.block_influence": torch.rand(32)}
     for tokens, tensors, wrong in ((0, {}, 1), (64, {}, 1), (64, ranked, 0)):
         Scores(tensors=tensors, info={"format": FORMAT, "tokens": tokens}).save(tmp_path / "early" / "pruning")

@@ -24,9 +24,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
 
+from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs
 from llamita.prune import importance, plan
+from llamita.prune.compensation import CompensationConfig
 from llamita.shapes import PUBLISHED
 
 SMALL = (
@@ -37,6 +39,18 @@ SMALL = (
     "target.head_dim=8",
     "target.tie_word_embeddings=true",
 )
+
+
+CHEAP = (
+    "scores.mlp=norm_product",
+    "scores.attention=norm_product",
+    "scores.hidden=activation",
+    "scores.layers=block_influence",
+    "compensation.attention_steps=2",
+    "compensation.layer_steps=2",
+    "compensation.head_steps=2",
+)
+"""One cheap pass and few steps; what a test says of them itself comes later and holds."""
 
 
 def prepare(recipe: Callable[[str], ModuleType], folder: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
@@ -83,7 +97,7 @@ def command(
 
     def call(*overrides: str) -> tuple[int, str, str]:
         module = recipe("prune")
-        monkeypatch.setattr(sys, "argv", ["prune.py", *overrides])
+        monkeypatch.setattr(sys, "argv", ["prune.py", *CHEAP, *overrides])
         with pytest.raises(SystemExit) as ended:
             module.exit_with(module.main)
         return ended.value.code, *capsys.readouterr()
@@ -104,6 +118,8 @@ def settings(recipe: Callable[[str], ModuleType], model: Path, data: Path | None
             head_dim=8,
             tie_word_embeddings=True,
         ),
+        "scores": ranked(),
+        "compensation": CompensationConfig(attention_steps=2, layer_steps=2, head_steps=2),
         "out": out,
     }
     return module.Prune(**{**fields, **changes})
@@ -194,9 +210,9 @@ def test_scores_are_measured_once_and_serve_other_targets(
     module, first, second = recipe("prune"), tmp_path / "first", tmp_path / "second"
     target = plan.TargetConfig(intermediate_size=32, num_hidden_layers=1)
     module.run(settings(recipe, model, data, first, target=target))
-    again = settings(recipe, model, None, tmp_path / "again", target=target, scores=plan.ScoreConfig(path=first))
+    again = settings(recipe, model, None, tmp_path / "again", target=target, scores=ranked(path=first))
     fresh = settings(recipe, model, data, second, target=plan.TargetConfig(hidden_size=32))
-    reused = dataclasses.replace(fresh, scores=plan.ScoreConfig(path=first), out=tmp_path / "third")
+    reused = dataclasses.replace(fresh, scores=ranked(path=first), out=tmp_path / "third")
     module.run(fresh)
     monkeypatch.setattr(importance, "measure", None)
     module.run(again)
@@ -215,7 +231,7 @@ def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, finished: Path
 ) -> None:
     module, kinds = recipe("prune"), importance.WidthScore
-    asked = plan.ScoreConfig(layers=importance.LayerScore.greedy, mlp=kinds.taylor_unit, spill_path=tmp_path)
+    asked = ranked(layers=importance.LayerScore.greedy, mlp=kinds.taylor_unit, spill_path=tmp_path)
     module.run(settings(recipe, model, data, tmp_path / "first", scores=asked))
     names = set(importance.Scores.load(tmp_path / "first").tensors) - set(importance.Scores.load(finished).tensors)
     by_gradient = {f"{axis}.taylor_{way}" for axis in ("mlp", "attention") for way in ("unit", "element")}
@@ -251,7 +267,7 @@ def test_the_same_shape_is_the_identity(
 
 
 def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
-    magnitude = plan.ScoreConfig(
+    magnitude = ranked(
         mlp=importance.WidthScore.magnitude,
         attention=importance.WidthScore.magnitude,
         hidden=importance.HiddenScore.magnitude,
@@ -267,7 +283,7 @@ def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Pat
     assert checkpoints.load_model(out).config.num_hidden_layers == 2
     rows = runs.read_metrics(out)
     assert [row["prune/mlp/importance/magnitude"] > 0 for row in rows[:3]] == [True] * 3
-    for scores in (plan.ScoreConfig(path=out), dataclasses.replace(magnitude, path=out)):
+    for scores in (ranked(path=out), dataclasses.replace(magnitude, path=out)):
         again = settings(recipe, model, None, tmp_path / "again", scores=scores)
         if scores.mlp is importance.WidthScore.magnitude:
             recipe("prune").run(again)
