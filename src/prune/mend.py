@@ -171,8 +171,12 @@ def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
     if config.layer_steps:
         clock = time.monotonic()
         halves.fit_layer(fit, streams.whole, before, seed=seed)
-        cut = streams.through(fit.layer, before)
         seconds["seconds/steps"] = time.monotonic() - clock
+    if config.layer_steps or streams.pruned.dtype != streams.cut_dtype:
+        # What is stored, not what was fitted, is what later layers read: also when it is read again after a kill.
+        _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
+        cut = streams.through(fit.layer, before)
+    if config.layer_steps:
         errors["error/tuned"] = streams.error(cut)
     streams.cut = cut
     return errors | seconds

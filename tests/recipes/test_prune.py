@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs
-from llamita.prune import importance, plan
+from llamita.prune import importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
 from llamita.shapes import PUBLISHED
 
@@ -51,6 +51,11 @@ CHEAP = (
     "compensation.head_steps=2",
 )
 """One cheap pass and few steps; what a test says of them itself comes later and holds."""
+
+
+OFF = CompensationConfig(
+    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+)
 
 
 def prepare(recipe: Callable[[str], ModuleType], folder: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
@@ -209,8 +214,10 @@ def test_scores_are_measured_once_and_serve_other_targets(
 ) -> None:
     module, first, second = recipe("prune"), tmp_path / "first", tmp_path / "second"
     target = plan.TargetConfig(intermediate_size=32, num_hidden_layers=1)
-    module.run(settings(recipe, model, data, first, target=target))
-    again = settings(recipe, model, None, tmp_path / "again", target=target, scores=ranked(path=first))
+    module.run(settings(recipe, model, data, first, target=target, compensation=OFF))
+    again = settings(
+        recipe, model, None, tmp_path / "again", target=target, scores=ranked(path=first), compensation=OFF
+    )
     fresh = settings(recipe, model, data, second, target=plan.TargetConfig(hidden_size=32))
     reused = dataclasses.replace(fresh, scores=ranked(path=first), out=tmp_path / "third")
     module.run(fresh)
@@ -485,3 +492,62 @@ def test_targets_on_the_command_line_are_the_published_sizes(
     expected = dataclasses.replace(PUBLISHED[published], output_rows=None)
     assert plan.target_shape(PUBLISHED[source], config.target) == expected
     assert checkpoints.shape_of(tiny_config(**expected.config_fields())) == expected
+
+
+def test_what_was_cut_is_mended_and_said_to_be(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
+) -> None:
+    compensation = CompensationConfig(attention_steps=20, layer_steps=40, head_steps=40)
+    recipe("prune").run(settings(recipe, model, data, tmp_path / "out", compensation=compensation))
+    summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
+    assert summary["loss_after"] == summary["loss_mended"] < summary["loss_cut"]
+    rows = [row for row in runs.read_metrics(tmp_path / "out") if "prune/error/refit" in row]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all({"prune/error/start", "prune/error/tuned", "prune/seconds/steps"} <= row.keys() for row in rows)
+    assert not list((tmp_path / "out/pruning").glob("mended-*"))
+
+
+def test_a_kill_while_mending_costs_one_layer(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, fitted = recipe("prune"), mend._fit_layer
+    module.run(settings(recipe, model, data, tmp_path / "undisturbed"))
+    layers = []
+
+    def dying(fit: Any, *arguments: Any, **options: Any) -> Any:
+        layers.append(fit.index)
+        if len(layers) == 2:
+            raise KeyboardInterrupt
+        return fitted(fit, *arguments, **options)
+
+    monkeypatch.setattr(mend, "_fit_layer", dying)
+    with pytest.raises(KeyboardInterrupt):
+        module.run(settings(recipe, model, data, tmp_path / "killed"))
+    module.run(settings(recipe, model, data, tmp_path / "killed"))
+    assert layers == [0, 1, 1]
+    assert weights_of(tmp_path / "undisturbed") == weights_of(tmp_path / "killed")
+
+
+def test_any_number_of_processes_gives_the_statistics_of_one(model: Path, data: Path, tmp_path: Path) -> None:
+    """Each counts rows of its own; scores, plan and what is fitted in closed form come out the same."""
+    line = [f"model.path={model}", f"calibration.path={data}", "calibration.tokens=1024", "calibration.dtype=float32"]
+    line += [*SMALL, "compensation.attention_steps=0", "compensation.layer_steps=0", "compensation.head_steps=0"]
+    line += ["scores.layers=block_influence", "calibration.device=cpu"]
+    for number in (1, 2, 3):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+        command = [sys.executable, *(launcher if number > 1 else []), str(REPOSITORY / "recipes/prune.py"), *line]
+        done = subprocess.run([*command, f"out={tmp_path / str(number)}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone = load_file(tmp_path / "1/pruning/scores.safetensors")
+    kept, weights = load_file(tmp_path / "1/pruning/plan.safetensors"), load_file(tmp_path / "1/model.safetensors")
+    for number in ("2", "3"):
+        scores = load_file(tmp_path / number / "pruning/scores.safetensors")
+        for name in scores.keys() - {"directions.vectors"}:  # eigenvectors have no sign
+            torch.testing.assert_close(scores[name], alone[name], rtol=1e-5, atol=1e-5, msg=name)
+        plan_of = load_file(tmp_path / number / "pruning/plan.safetensors")
+        for name in ("layers", "mlp", "heads", "kv_heads", "pairs", "values"):
+            assert torch.equal(plan_of[name], kept[name]), name
+        mended = load_file(tmp_path / number / "model.safetensors")
+        signs = (plan_of["rotation"] * kept["rotation"]).sum(0).sign().to(weights["model.norm.weight"].dtype)
+        table = mended["model.embed_tokens.weight"] * signs
+        torch.testing.assert_close(table, weights["model.embed_tokens.weight"], rtol=2e-2, atol=2e-2)
