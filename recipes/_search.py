@@ -193,3 +193,19 @@ def show(whole: float, candidates: Sequence[Candidate], budget: BudgetConfig) ->
             style="bold" if row == 0 else "",
         )
     Console(width=160).print(table)
+
+
+def smallest(target: TargetConfig, found: list[LlamaShape]) -> TargetConfig:
+    """A target that cuts every axis as far as any of the shapes, so that its scores serve them all.
+
+    The hidden size apart: its scores never cost a pass of their own.
+    """
+    heads = min(found, key=lambda shape: (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim))
+    return replace(
+        target,
+        num_hidden_layers=min(shape.num_hidden_layers for shape in found),
+        intermediate_size=min(shape.intermediate_size for shape in found),
+        num_attention_heads=heads.num_attention_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        head_dim=heads.head_dim,
+    )

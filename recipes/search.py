@@ -63,12 +63,14 @@ store("search_schema", Search)
 class Laboratory:
     """The model, its scores and the held-out rows: everything that a candidate is made of and measured on."""
 
-    def __init__(self, config: Search, weights: checkpoints.Weights, run: runs.Run) -> None:
+    def __init__(self, config: Search, weights: checkpoints.Weights, found: list[LlamaShape], run: runs.Run) -> None:
         self.config, self.weights, self.run = config, weights, run
         self.how: dict[str, Any] = how(config.calibration, weights)
         rows, parents = calibration(config.calibration, weights)
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
-        self.scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
+        alone = predict.alone(weights.shape, search.sizes(weights.shape, config.axes, config.target), config.target)
+        smallest = _search.smallest(config.target, [*found, *alone.values()])
+        self.scores = score(config.scores, smallest, config.calibration, weights, rows, parents, run)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
         self.held_out = held_out(config, weights)
 
@@ -157,7 +159,7 @@ def run(config: Search) -> None:
     with runs.start(out, "search", runs.plain(config), config.run) as this:
         if this.done or not runs.is_main_process():
             return
-        lab = Laboratory(config, checkpoints.Weights(config.model.path), this)
+        lab = Laboratory(config, checkpoints.Weights(config.model.path), found, this)
         record = _search.Record.of(this, lambda: lab.loss(lab.weights), lambda whole: chosen(lab, found, whole))
         with Progress("cut and measure", len(record.candidates)) as progress:
             for candidate in progress.count(record.candidates):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llamita.prune.importance import Scores
+from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.plan import SIZES, ScoreConfig, TargetConfig, target_shape
 from llamita.prune.search import sized, units
 from llamita.shapes import LlamaShape
@@ -29,12 +29,15 @@ class Removed:
     """
 
     def __init__(self, scores: Scores, source: LlamaShape, kinds: ScoreConfig) -> None:
-        layers = scores[f"layers.{kinds.layers}"].double().clamp(min=0)
-        hidden = scores[f"hidden.{kinds.hidden}"].double().sum((0, 1)).square()
-        heads = scores[f"attention.{kinds.attention}"].double().square()
+        layers = scores[f"layers.{_layers(kinds.layers)}"].double().clamp(min=0)
+        if kinds.hidden is HiddenScore.pca:
+            hidden = scores["directions.energy"].double()
+        else:
+            hidden = scores[f"hidden.{kinds.hidden}"].double().sum((0, 1)).square()
+        heads = scores[f"attention.{_width(kinds.attention)}"].double().square()
         self._layers = _kept(layers[None])
         self._hidden = _kept(hidden[None])
-        self._mlp = _kept(scores[f"mlp.{kinds.mlp}"].double().square())
+        self._mlp = _kept(scores[f"mlp.{_width(kinds.mlp)}"].double().square())
         self._groups = heads.view(len(heads), source.num_key_value_heads, -1, source.head_dim)
 
     def shares(self, shape: LlamaShape) -> dict[str, float]:
@@ -53,6 +56,15 @@ class Removed:
         heads = best.sort(descending=True).values[:, :keys].sum(1) / whole
         channels = self._groups.sum(2).sort(descending=True).values[:, :, :size].sum((1, 2)) / whole
         return min(1.0, float(heads.mean())) * min(1.0, float(channels.mean()))
+
+
+def _width(kind: WidthScore) -> WidthScore:
+    """The score whose squares add up in the place of one that is an order."""
+    return WidthScore.norm_product if kind is WidthScore.obs else kind
+
+
+def _layers(kind: LayerScore) -> LayerScore:
+    return kind if kind is LayerScore.magnitude else LayerScore.block_influence
 
 
 def _kept(energies: Tensor) -> list[float]:

@@ -527,7 +527,9 @@ def read_kept(stage: Stage) -> Kept | None:
         return kept
 
     attention = scores.get(f"attention.{kinds.get('attention')}")
-    hidden = scores.get(f"hidden.{kinds.get('hidden')}")
+    heads = scores.get("heads.obs") if kinds.get("attention") == "obs" else None
+    if attention is not None:
+        heads = np.sqrt(np.square(attention).sum(-1))
     return Kept(
         name=stage.name,
         source=source,
@@ -537,11 +539,19 @@ def read_kept(stage: Stage) -> Kept | None:
         mlp=mask("mlp", source.intermediate_size),
         hidden=np.isin(np.arange(source.hidden_size), plan["hidden"]),
         layer_scores=scores.get(f"layers.{kinds.get('layers')}"),
-        head_scores=None if attention is None else np.sqrt(np.square(attention).sum(-1)),
+        head_scores=heads,
         mlp_scores=scores.get(f"mlp.{kinds.get('mlp')}"),
-        hidden_scores=None if hidden is None else hidden[layers].sum((0, 1)),
+        hidden_scores=_hidden_scores(scores, kinds.get("hidden"), layers),
         kinds=kinds,
     )
+
+
+def _hidden_scores(scores: Mapping[str, Array], kind: str | None, layers: Array) -> Array | None:
+    """Of channels, or the energies of directions where those were kept."""
+    if kind == "pca":
+        return scores.get("directions.energy")
+    channels = scores.get(f"hidden.{kind}")
+    return None if channels is None else channels[layers].sum((0, 1))
 
 
 def _from_dict(fields: Mapping[str, Any]) -> LlamaShape:
@@ -556,7 +566,7 @@ def _scores(stage: Stage) -> dict[str, Array]:
         folders += [Path(path), Path(path) / "pruning"]
     for folder in folders:
         if (file := folder / "scores.safetensors").is_file():
-            return _tensors(file, but=("head.covariance", "norm.energy"))[0]
+            return _tensors(file, but=("head.covariance", "norm.energy", "directions.vectors"))[0]
     return {}
 
 
