@@ -671,3 +671,15 @@ def test_a_model_directory_of_strangers_can_be_the_teacher(whole: Any, tmp_path:
         ("Llama", Role.teacher),
         ("distilled", Role.distilled),
     ]
+
+
+def test_what_mending_bought_is_drawn_where_something_was_mended(tmp_path: Path) -> None:
+    path = stage(tmp_path / "pruned", "prune", shape=SMALL)
+    write_plan(path, BIG, SMALL)
+    assert "mended-pruned" not in Reader(drawn({"pruned": path}, tmp_path / "plain")).ids
+    rows = [{"prune/error/start": 0.3, "prune/error/refit": 0.2, "prune/seconds/closed_forms": 2.0} for _ in range(2)]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": layer, "time": 0.0, "restart": 0, **row}) + "\n" for layer, row in enumerate(rows))
+    text = drawn({"pruned": path}, tmp_path / "mended")
+    assert "mended-pruned" in Reader(text).ids
+    assert "the closed forms 4 s" in text.lower()

@@ -574,12 +574,13 @@ def _range(axes: Axes, x: float, values: Array, colour: str) -> None:
 
 
 def hidden(kept: Kept) -> Sketch | None:
-    """Channels of the residual stream by falling importance, with the cut."""
+    """Channels or directions of the residual stream by falling importance, with the cut."""
     if kept.hidden_scores is None or kept.hidden.all():
         return None
     order = np.argsort(-kept.hidden_scores, kind="stable")
     values, mask = kept.hidden_scores[order], kept.hidden[order]
     values = np.maximum(values, values[values > 0].min(initial=1e-12))
+    unit = "direction" if kept.kinds.get("hidden") == "pca" else "channel"
 
     def draw(palette: Palette) -> Figure:
         figure, axes = new_figure(450, 250)
@@ -596,14 +597,14 @@ def hidden(kept: Kept) -> Sketch | None:
                 axes.fill_between(inside, bottom, values[inside], color=colour, alpha=0.3, linewidth=0)
                 axes.plot(inside, values[inside], color=colour, linewidth=1.8)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("channel, by falling importance")
+        axes.set_xlabel(f"{unit}, by falling importance")
         handles = [Patch(color=palette.distilled, label="kept"), Patch(color=palette.pruned, label="cut")]
         axes.legend(handles=handles, loc="upper right")
         return figure
 
-    share = f"{kept.target.hidden_size:,} of {kept.source.hidden_size:,} channels of the residual stream are kept"
+    share = f"{kept.target.hidden_size:,} of {kept.source.hidden_size:,} {unit}s of the residual stream are kept"
     part = f", with {percent(kept.hidden_share)} of the importance." if kept.hidden_share is not None else "."
-    return Sketch(name=f"hidden-{slug(kept.name)}", title="Hidden channels", caption=share + part, draw=draw)
+    return Sketch(name=f"hidden-{slug(kept.name)}", title=f"Hidden {unit}s", caption=share + part, draw=draw)
 
 
 def layers(kept: Kept) -> Sketch | None:

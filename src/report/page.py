@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamita import runs
-from llamita.report import figures, searches
+from llamita.report import figures, mended, searches
 from llamita.report.figures import Sketch
 from llamita.report.gather import Estimate, Model, Report, Role, Stage
 
@@ -46,8 +46,9 @@ def _sketches(report: Report) -> dict[str, list[Sketch]]:
     }
     for index, search in enumerate(_searches(report)):
         groups[f"search-{index}"] = [searches.pareto(search)]
+    stages = {stage.name: stage for stage in report.stages}
     for index, kept in enumerate(report.kept):
-        groups[f"kept-{index}"] = list(figures.of_plan(kept))
+        groups[f"kept-{index}"] = [*figures.of_plan(kept), mended.errors(stages[kept.name])]
     drawn = {name: [sketch for sketch in group if sketch is not None] for name, group in groups.items()}
     _make_unique([sketch for group in drawn.values() for sketch in group])
     return {name: group for name, group in drawn.items() if group}
