@@ -679,7 +679,9 @@ def test_what_mending_bought_is_drawn_where_something_was_mended(tmp_path: Path)
     assert "mended-pruned" not in Reader(drawn({"pruned": path}, tmp_path / "plain")).ids
     rows = [{"prune/error/start": 0.3, "prune/error/refit": 0.2, "prune/seconds/closed_forms": 2.0} for _ in range(2)]
     with (path / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps({"step": layer, "time": 0.0, "restart": 0, **row}) + "\n" for layer, row in enumerate(rows))
+        file.writelines(
+            json.dumps({"step": layer, "time": 0.0, "restart": 0, **row}) + "\n" for layer, row in enumerate(rows)
+        )
     text = drawn({"pruned": path}, tmp_path / "mended")
     assert "mended-pruned" in Reader(text).ids
     assert "the closed forms 4 s" in text.lower()

@@ -464,10 +464,14 @@ def _final_statistics(
     model: Model, hidden: Sequence[Tensor], masks: Sequence[Tensor], num_tokens: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Means over tokens of x x^T / (mean x^2 + eps) and of eps / (mean x^2 + eps) at the final norm."""
-    epsilon = model.config.rms_norm_eps
-    parts = [_norm_statistics(x.to(device), mask, epsilon) for x, mask in zip(hidden, masks, strict=True)]
-    covariances, epsilons = zip(*parts, strict=True)
-    return summed(sum(covariances)) / num_tokens, summed(sum(epsilons)) / num_tokens
+    epsilon, size = model.config.rms_norm_eps, model.shape.hidden_size
+    outer_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+    epsilons = torch.zeros((), dtype=torch.float64, device=device)
+    for x_BSD, mask_BS in zip(hidden, masks, strict=True):
+        part_DD, part = _norm_statistics(x_BSD.to(device), mask_BS, epsilon)
+        outer_DD += part_DD
+        epsilons += part
+    return summed(outer_DD) / num_tokens, summed(epsilons) / num_tokens
 
 
 def _square_sums(matrix: Tensor) -> tuple[Tensor, Tensor]:

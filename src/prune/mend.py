@@ -103,16 +103,18 @@ def mend(
     Raises:
         ValueError: there is no token to fit to.
     """
-    streams = Streams.start(pruned, batches, dtype=dtype, device=device, pad_id=pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     layers = [int(number) for number in pruned.plan.layers]
     finished = _finished(folder, len(layers), device)
+    if finished > len(layers):
+        return Mended(pruned, folder)
+    streams = Streams.start(pruned, batches, dtype=dtype, device=device, pad_id=pad_id)
     for number in range(layers[0]):
         streams.advance_whole(number)
     for index, number in enumerate(layers):
         following = layers[index + 1] if index + 1 < len(layers) else pruned.plan.source.num_hidden_layers
         if config.prefix is Prefix.whole:
-            streams.cut = streams.along()
+            streams.cut = streams.along(streams.whole)
         layer, before = streams.cut_layer(index), streams.cut
         if index < finished:
             _load(layer, checkpoints.read_tensors(layer_file(folder, index))[0])
@@ -124,14 +126,13 @@ def mend(
             record = _fit_layer(fit, range(number + 1, following), seed=seed)
             _store(layer_file(folder, index), _stored(layer, pruned.dtype), record)
         watch(index + 1)
-    if finished <= len(layers):
-        started = time.monotonic()
-        norm, matrix, layer = head.fit(streams, layer, before, config, seed=seed)
-        tensors = {f"layer.{name}": tensor for name, tensor in _stored(layer, pruned.dtype).items()}
-        tensors["norm"] = norm.weight.to(pruned.dtype)
-        if matrix is not None:
-            tensors["head"] = matrix.to(pruned.dtype)
-        _store(folder / FINAL, tensors, {"seconds/head": time.monotonic() - started})
+    started = time.monotonic()
+    norm, matrix, layer = head.fit(streams, layer, before, config, seed=seed)
+    tensors = {f"layer.{name}": tensor for name, tensor in _stored(layer, pruned.dtype).items()}
+    tensors["norm"] = norm.weight.to(pruned.dtype)
+    if matrix is not None:
+        tensors["head"] = matrix.to(pruned.dtype)
+    _store(folder / FINAL, tensors, {"seconds/head": time.monotonic() - started})
     if distributed.is_initialized():
         distributed.barrier()
     return Mended(pruned, folder)
@@ -165,7 +166,7 @@ def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
                 streams.advance_whole(number)
         cut = halves.write(fit, half, streams.whole if half is MLP else whole, cut)
         if half is ATTENTION and config.prefix is Prefix.whole:
-            cut = [streams.basis.states(x_BSD.to(streams.cut_dtype)) for x_BSD in whole]
+            cut = streams.along(whole)
     seconds["seconds/closed_forms"] = time.monotonic() - clock
     errors = {"error/start": streams.error(start), "error/refit": streams.error(cut)}
     if config.layer_steps:

@@ -101,9 +101,9 @@ class Streams:
             for batch, x_BSd in enumerate(cut)
         ]
 
-    def along(self) -> list[Tensor]:
-        """The whole stream along the axes that stay."""
-        return [self.basis.states(x_BSD.to(self.cut_dtype)) for x_BSD in self.whole]
+    def along(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """States of the whole model along the axes that stay."""
+        return [self.basis.states(x_BSD.to(self.device, self.cut_dtype)).cpu() for x_BSD in whole]
 
     def error(self, cut: Sequence[Tensor]) -> float:
         """Sum of w_t |Q^T x_t - x'_t|^2 over that of w_t |Q^T x_t|^2, with the weights of :func:`weights`."""
