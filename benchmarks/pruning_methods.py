@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.prune import importance, mend, plan, stream, surgery
+from llamita.prune import depth, importance, mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
 from pruning_shapes import Family, Target
@@ -120,14 +120,10 @@ def without_least_loss(case: Case) -> list[int]:
 
     Kim et al., 2024, arXiv:2402.02834, section 3.1; Muralidharan et al., 2024, arXiv:2407.14679, section 2.
     """
-    everything = list(range(case.weights.shape.num_hidden_layers))
-    losses = []
-    for layer in everything:
-        rest = plan.TargetConfig(keep_layers=[index for index in everything if index != layer])
-        one = surgery.Pruned(case.weights, plan.make(None, case.weights.shape, rest, plan.ScoreConfig()))
-        loss = stream.mean_loss(one, case.calibration, dtype=torch.float32, device=case.device)
-        assert loss is not None
-        losses.append(loss)
+    everything = range(case.weights.shape.num_hidden_layers)
+    alone = [(layer, layer + 1) for layer in everything]
+    how = depth.Removals(dtype=torch.float32, device=case.device)
+    losses = depth.losses(case.weights, everything, alone, case.calibration, how)
     keep = case.target.shape.num_hidden_layers
     return sorted(sorted(everything, key=lambda layer: -losses[layer])[:keep])
 

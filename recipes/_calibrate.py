@@ -42,7 +42,7 @@ class CalibrationConfig:
     tokens: int = 65536
     """How many to use, padding included; fewer when the split holds fewer."""
     batch_rows: int = 1
-    """Rows that go through a layer at once."""
+    """Rows that go through a layer at once, and that one step of mending sees."""
     dtype: str | None = None
     """Of the forward pass; unset: as the weights are stored."""
     device: str = "auto"

@@ -18,7 +18,7 @@ from rich.table import Table
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
 from llamita import checkpoints, checks, runs
-from llamita.prune import search, stream
+from llamita.prune import search, stream, surgery
 from llamita.prune.plan import SIZES, TargetConfig
 from llamita.prune.search import BudgetConfig, Candidate
 from llamita.shapes import LlamaShape
@@ -122,13 +122,7 @@ def write(model: stream.Model, out: Path, source: Path, provenance: Mapping[str,
     if (out / checkpoints.PROVENANCE).is_file():
         return
     with checkpoints.ModelWriter(out, model.config) as writer:
-        writer.add("model.embed_tokens.weight", model["model.embed_tokens.weight"])
-        for index in range(model.shape.num_hidden_layers):
-            for name, tensor in model.layer(index).items():
-                writer.add(f"model.layers.{index}.{name}", tensor)
-        writer.add("model.norm.weight", model["model.norm.weight"])
-        if not model.shape.tie_word_embeddings:
-            writer.add("lm_head.weight", model.head())
+        surgery.write(model, writer)
         writer.publish(source, provenance)
 
 

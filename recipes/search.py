@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import _search
-from _calibrate import CalibrationConfig, ModelConfig, calibration, how, score
+from _calibrate import CalibrationConfig, ModelConfig, calibration, how, process, score
 from llamita import checkpoints, checks, runs
 from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
@@ -153,11 +153,13 @@ def predicted(lab: Laboratory, removed: predict.Removed, whole: float) -> predic
 
 def run(config: Search) -> None:
     """Choose candidates, cut and measure each, distil the best, and write what won as a target."""
+    if process()[1] > 1:
+        raise ValueError("recipes/search.py is one process; distill.processes says how many train a student")
     out, found = config.out, list[LlamaShape]()
     if not (out / "DONE.json").is_file():  # what cannot work is said before anything is written
         found = fitting(config, checkpoints.Weights(config.model.path))
     with runs.start(out, "search", runs.plain(config), config.run) as this:
-        if this.done or not runs.is_main_process():
+        if this.done:
             return
         lab = Laboratory(config, checkpoints.Weights(config.model.path), found, this)
         record = _search.Record.of(this, lambda: lab.loss(lab.weights), lambda whole: chosen(lab, found, whole))

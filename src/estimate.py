@@ -375,7 +375,7 @@ def prune_flops(
     head = 2.0 * target.vocab_size * target.hidden_size
     flops = {"calibration, forward": tokens * whole}
     if second_order:
-        flops["calibration, second order"] = depth * (2 * tokens * units**2 + 4 * units**3)
+        flops["calibration, second order"] = depth * (2 * tokens * units**2 + 3 * units**3)
     if greedy_rounds:
         passes = sum((depth - gone) * (depth - gone + 1) / 2 for gone in range(greedy_rounds))
         flops["calibration, greedy removal"] = depth_tokens * passes * whole / depth

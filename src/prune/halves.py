@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from llamita.prune import tune
 from llamita.prune.attention import Attention, divergence
@@ -38,15 +38,11 @@ class Half:
         weight: Tensor = layer.get_submodule(f"{self.block}.{name}").weight  # type: ignore[assignment]
         return weight
 
-    def gain(self, layer: LlamaDecoderLayer) -> Tensor:
-        """Weight of the half's norm."""
-        weight: Tensor = layer.get_submodule(self.norm).weight  # type: ignore[assignment]
-        return weight
-
-    def normed(self, layer: LlamaDecoderLayer, x_BSD: Tensor) -> Tensor:
-        """What the half reads."""
-        normed_BSD: Tensor = layer.get_submodule(self.norm)(x_BSD)
-        return normed_BSD
+    def norm_of(self, layer: LlamaDecoderLayer) -> LlamaRMSNorm:
+        """The norm through which the half reads the stream."""
+        norm = layer.get_submodule(self.norm)
+        assert isinstance(norm, LlamaRMSNorm)
+        return norm
 
     def inside(self, runner: Runner, layer: LlamaDecoderLayer, normed_BSD: Tensor, positions_BS: Tensor) -> Tensor:
         """What its writer reads [B, S, C]."""
@@ -58,7 +54,7 @@ class Half:
 
     def output(self, runner: Runner, layer: LlamaDecoderLayer, x_BSD: Tensor, positions_BS: Tensor) -> Tensor:
         """The stream behind the half."""
-        inside_BSC = self.inside(runner, layer, self.normed(layer, x_BSD), positions_BS)
+        inside_BSC = self.inside(runner, layer, self.norm_of(layer)(x_BSD), positions_BS)
         return x_BSD + inside_BSC @ self.weight(layer, self.writer).T
 
 
@@ -76,21 +72,20 @@ class Fit:
     source: LlamaDecoderLayer
     layer: LlamaDecoderLayer
 
-    def name(self, half: Half, matrix: str) -> str:
-        """Name of a matrix as surgery knows it."""
-        return f"{half.block}.{matrix}.weight"
-
 
 def read(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
     """Fit what a half does with what it reads, from states before it."""
+    source, norm, streams = half.norm_of(fit.source), half.norm_of(fit.layer), fit.streams
     if fit.config.gains:
-        _fit_gain(fit, half, whole, cut)
-    seen_Dd, outer_DD = _reading(fit, half, whole, cut)
+        start_d = streams.basis.gain(source.weight)
+        norm.weight.copy_(widened(start_d) * measured_gain(streams, whole, cut, source.variance_epsilon))
+    seen_Dd = streams.basis.embed(source.weight.to(streams.cut_dtype))
     if fit.config.readers:
+        seen_Dd = reading(streams, whole, cut, source, norm, fit.config.ridge)
         _fold(fit, half, seen_Dd)
     if half is ATTENTION and _narrows(fit):
         if fit.config.values:
-            _fit_values(fit, seen_Dd, outer_DD)
+            _fit_values(fit, seen_Dd, whole)
         if fit.config.attention_steps:
             _fit_attention(fit, whole, cut, seed)
 
@@ -106,7 +101,7 @@ def write(fit: Fit, half: Half, target: Sequence[Tensor], cut: Sequence[Tensor])
         squares = LeastSquares(weight_dC.shape[1], weight_dC.shape[0], streams.device)
         for batch, y_BSD, x_BSd in streams.pairs(target, cut):
             mask_BS = streams.masks[batch]
-            normed_BSd = half.normed(fit.layer, x_BSd)
+            normed_BSd = half.norm_of(fit.layer)(x_BSd)
             z_TC = half.inside(streams.cut_runner, fit.layer, normed_BSd, streams.positions[batch])[mask_BS]
             lacking_Td = streams.basis.states(y_BSD[mask_BS].to(z_TC.dtype)) - x_BSd[mask_BS] - z_TC @ weight_dC.T
             squares.add(z_TC, lacking_Td, weights(y_BSD[mask_BS]))
@@ -115,13 +110,6 @@ def write(fit: Fit, half: Half, target: Sequence[Tensor], cut: Sequence[Tensor])
         half.output(streams.cut_runner, fit.layer, x_BSd.to(streams.device), streams.positions[batch]).cpu()
         for batch, x_BSd in enumerate(cut)
     ]
-
-
-def _fit_gain(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> None:
-    """The norm's gain, so that its output keeps its size: as :func:`norm_gain`, of the cut stream itself."""
-    gain = measured_gain(fit.streams, whole, cut, fit.source.input_layernorm.variance_epsilon)
-    start_d = fit.streams.basis.gain(half.gain(fit.source))
-    half.gain(fit.layer).copy_(widened(start_d) * gain)
 
 
 def measured_gain(streams: Streams, whole: Sequence[Tensor], cut: Sequence[Tensor], epsilon: float) -> float:
@@ -135,31 +123,32 @@ def measured_gain(streams: Streams, whole: Sequence[Tensor], cut: Sequence[Tenso
     return float((ratio / count) ** 0.5)
 
 
-def _reading(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """M [D, d], by which the cut norm's output n' says best what the whole one's n is, and sum of n n^T [D, D].
+def reading(
+    streams: Streams,
+    whole: Sequence[Tensor],
+    cut: Sequence[Tensor],
+    source: LlamaRMSNorm,
+    norm: LlamaRMSNorm,
+    ridge: float,
+) -> Tensor:
+    """M [D, d], by which the cut norm's output n' says best what the whole one's n is.
 
     M = M_0 + argmin sum_t ||n_t - M_0 n'_t - M n'_t||^2 + lambda |M|^2, with M_0 n' = n where nothing was lost. A
     matrix W that read n reads W M n': the least-squares fit of all that read n at once.
     """
-    streams, gain_D = fit.streams, half.gain(fit.source)
-    seen_Dd = streams.basis.embed(gain_D.to(streams.cut_dtype))
+    seen_Dd = streams.basis.embed(source.weight.to(streams.cut_dtype))
     squares = LeastSquares(seen_Dd.shape[1], seen_Dd.shape[0], streams.device)
-    outer_DD = torch.zeros(len(gain_D), len(gain_D), dtype=torch.float64, device=streams.device)
     for batch, x_BSD, x_BSd in streams.pairs(whole, cut):
         mask_BS = streams.masks[batch]
-        n_TD = half.normed(fit.source, x_BSD)[mask_BS].to(seen_Dd.dtype)
-        n_Td = half.normed(fit.layer, x_BSd)[mask_BS]
+        n_TD, n_Td = source(x_BSD[mask_BS]).to(seen_Dd.dtype), norm(x_BSd[mask_BS])
         squares.add(n_Td, n_TD - n_Td @ seen_Dd.T)
-        outer_DD += covariance(n_TD)
-    if fit.config.readers:
-        seen_Dd = seen_Dd + squares.solve(fit.config.ridge).to(seen_Dd.dtype)
-    return seen_Dd, summed(outer_DD)
+    return seen_Dd + squares.solve(ridge).to(seen_Dd.dtype)
 
 
 def _fold(fit: Fit, half: Half, seen_Dd: Tensor) -> None:
     rows = fit.streams.pruned.readers(fit.index)
     for matrix in half.readers:
-        index, factor = rows[fit.name(half, matrix)]
+        index, factor = rows[f"{half.block}.{matrix}.weight"]
         kept_OD = take(half.weight(fit.source, matrix), index, None).to(seen_Dd.dtype)
         half.weight(fit.layer, matrix).copy_(factor * (kept_OD @ seen_Dd))
 
@@ -169,9 +158,20 @@ def _narrows(fit: Fit) -> bool:
     return plan.target.head_dim < plan.source.head_dim
 
 
-def _fit_values(fit: Fit, seen_Dd: Tensor, outer_DD: Tensor) -> None:
+def _outer(fit: Fit, whole: Sequence[Tensor]) -> Tensor:
+    """Sum of n n^T [D, D], n what the whole layer's attention reads."""
+    streams, norm = fit.streams, fit.source.input_layernorm
+    size = streams.pruned.plan.source.hidden_size
+    outer_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
+    for mask_BS, x_BSD in zip(streams.masks, whole, strict=True):
+        outer_DD += covariance(norm(x_BSD.to(streams.device))[mask_BS].to(streams.cut_dtype))
+    return summed(outer_DD)
+
+
+def _fit_values(fit: Fit, seen_Dd: Tensor, whole: Sequence[Tensor]) -> None:
     """Values of each KV head through :func:`narrow_values`, read through M, and the output matrix to match."""
     plan, attention = fit.streams.pruned.plan, fit.source.self_attn
+    outer_DD = _outer(fit, whole)
     wide, narrow, group = plan.source.head_dim, plan.target.head_dim, plan.target.num_attention_heads
     group //= plan.target.num_key_value_heads
     value, out = fit.layer.self_attn.v_proj.weight, fit.layer.self_attn.o_proj.weight
@@ -203,9 +203,9 @@ def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], see
     def objective(batch: int, learn: bool) -> tuple[Tensor, int]:
         mask_BS, positions_BS = streams.masks[batch], streams.positions[batch]
         with torch.no_grad():
-            normed_BSD = ATTENTION.normed(fit.source, whole[batch].to(streams.device))
+            normed_BSD = fit.source.input_layernorm(whole[batch].to(streams.device))
             wanted_BHSS = whole_attention.log_probabilities(normed_BSD, positions_BS)
-            normed_BSd = ATTENTION.normed(fit.layer, cut[batch].to(streams.device))
+            normed_BSd = fit.layer.input_layernorm(cut[batch].to(streams.device))
         total = divergence(wanted_BHSS, cut_attention.log_probabilities(normed_BSd, positions_BS), mask_BS)
         if learn:
             torch.autograd.backward(total)

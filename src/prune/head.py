@@ -15,8 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from llamita.prune.basis import take
 from llamita.prune.compensation import CompensationConfig
-from llamita.prune.halves import measured_gain
-from llamita.prune.refit import LeastSquares
+from llamita.prune.halves import measured_gain, reading
 from llamita.prune.stream import final_norm
 from llamita.prune.streams import Streams
 from llamita.prune.tune import tune
@@ -27,7 +26,7 @@ CHUNK_BYTES = 2**28
 
 def fit(
     streams: Streams, layer: LlamaDecoderLayer, before: Sequence[Tensor], config: CompensationConfig, *, seed: int
-) -> tuple[LlamaRMSNorm, Tensor | None, LlamaDecoderLayer]:
+) -> tuple[LlamaRMSNorm, Tensor | None]:
     """The final norm and, untied, the head [V, d] of the cut model; ``layer``, the last, may change.
 
     ``before`` is the cut stream before ``layer``, and ``streams`` are behind it. First the norm's gain and the least
@@ -42,7 +41,8 @@ def fit(
         norm.weight.mul_(gain / float(pruned.plan.norm_gain[-1]))
     head = pruned.head().to(device=device, dtype=streams.cut_dtype)
     if config.readers and not pruned.shape.tie_word_embeddings:
-        head = whole_head.to(head.dtype) @ _reading(streams, source, norm, config.ridge)
+        seen_Dd = reading(streams, streams.whole, streams.cut, source, norm, config.ridge)
+        head = whole_head.to(head.dtype) @ seen_Dd
     if config.head_steps:
         parameters: dict[str, Tensor] = {**dict(layer.named_parameters()), "norm": norm.weight}
         if not pruned.shape.tie_word_embeddings:
@@ -56,17 +56,7 @@ def fit(
             learning_rate=config.learning_rate,
             seed=seed,
         )
-    return norm, None if pruned.shape.tie_word_embeddings else head, layer
-
-
-def _reading(streams: Streams, source: LlamaRMSNorm, norm: LlamaRMSNorm, ridge: float) -> Tensor:
-    seen_Dd = streams.basis.embed(source.weight.to(streams.cut_dtype))
-    squares = LeastSquares(seen_Dd.shape[1], seen_Dd.shape[0], streams.device)
-    for batch, x_BSD, x_BSd in streams.pairs(streams.whole, streams.cut):
-        mask_BS = streams.masks[batch]
-        n_TD, n_Td = source(x_BSD[mask_BS]).to(seen_Dd.dtype), norm(x_BSd[mask_BS])
-        squares.add(n_Td, n_TD - n_Td @ seen_Dd.T)
-    return seen_Dd + squares.solve(ridge).to(seen_Dd.dtype)
+    return norm, None if pruned.shape.tie_word_embeddings else head
 
 
 class _Divergence:

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita import checkpoints, runs
 from llamita.prune import depth, obs
+from llamita.prune.basis import widened
 from llamita.prune.further import Further
 from llamita.prune.stream import Batch, Model, forward, loss_sum, mean, real_tokens, summed
 from llamita.shapes import LlamaShape
@@ -305,17 +306,13 @@ def from_weights(model: Model, *, info: Mapping[str, Any] | None = None) -> Scor
     return scores
 
 
-def _accumulation(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _mean_magnitude(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
     """Sum over rows of the squared mean over tokens of |x|: the running part of Minitron's statistic.
 
     Megatron's tensors are [sequence, batch, channel]; these are [batch, sequence, channel], so the mean is over
     axis 1 and the norm over axis 0.
     """
-    x_BSC = _accumulation(x_BSC)
+    x_BSC = widened(x_BSC)
     weight_BS = mask_BS.to(x_BSC.dtype) / mask_BS.sum(1, keepdim=True).clamp(min=1)
     mean_BC = torch.einsum("bs,bsc->bc", weight_BS, x_BSC.abs())
     return mean_BC.double().square().sum(0)
@@ -323,7 +320,7 @@ def _mean_magnitude(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
 
 def _energy(x_BSC: Tensor, mask_BS: Tensor) -> Tensor:
     """Sum over tokens of the square, per channel."""
-    x_BSC = _accumulation(x_BSC)
+    x_BSC = widened(x_BSC)
     return torch.einsum("bs,bsc->bc", mask_BS.to(x_BSC.dtype), x_BSC.square()).double().sum(0)
 
 
@@ -342,7 +339,7 @@ def _variance(sums_2C: Tensor, num_tokens: int) -> Tensor:
 
 def _norm_statistics(x_BSD: Tensor, mask_BS: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Sums over tokens of x x^T / (mean x^2 + eps) and of eps / (mean x^2 + eps)."""
-    x_TD = _accumulation(x_BSD[mask_BS])
+    x_TD = widened(x_BSD[mask_BS])
     inverse_T = 1 / (x_TD.square().mean(-1) + epsilon)
     return covariance(x_TD * inverse_T.sqrt()[:, None]), (epsilon * inverse_T).double().sum()
 
@@ -399,14 +396,14 @@ class _LayerStatistics:
     def update(self, mask_BS: Tensor) -> None:
         """Add the tokens of the batch that just went through the layer."""
         seen, shape = self._seen, self._shape
-        cosine_BS = functional.cosine_similarity(_accumulation(seen["in"]), _accumulation(seen["out"]), dim=-1)
+        cosine_BS = functional.cosine_similarity(widened(seen["in"]), widened(seen["out"]), dim=-1)
         self._add("cosine", cosine_BS[mask_BS].double().sum())
         for unit in ("mlp", "heads"):
             self._add(f"{unit}.mean", _mean_magnitude(seen[unit], mask_BS))
             self._add(f"{unit}.energy", _energy(seen[unit], mask_BS))
             self._add(f"{unit}.variance", _variance_sums(seen[unit], mask_BS))
             if self._second_order:
-                self._add(f"{unit}.covariance", covariance(_accumulation(seen[unit][mask_BS])))
+                self._add(f"{unit}.covariance", covariance(widened(seen[unit][mask_BS])))
         for norm in ("0", "1"):
             self._add(f"norm.{norm}.mean", _mean_magnitude(seen[f"norm_out.{norm}"], mask_BS))
             covariance_DD, epsilon = _norm_statistics(seen[f"norm_in.{norm}"], mask_BS, self._epsilon)
@@ -447,15 +444,13 @@ class _LayerStatistics:
         shape, heads_FF, mlp_FF = self._shape, self._sums.pop("heads.covariance"), self._sums.pop("mlp.covariance")
         down, out = self._layer.mlp.down_proj.weight, self._layer.self_attn.o_proj.weight
         keys, queries = shape.num_key_value_heads, shape.num_attention_heads
-        heads, _ = obs.block_order(heads_FF, out, blocks=queries, families=keys, ridge=RIDGE)
-        groups, _ = obs.block_order(heads_FF, out, blocks=keys, families=1, ridge=RIDGE)
-        units, _ = obs.unit_order(mlp_FF, down, ridge=RIDGE)
+        heads, units = obs.Inverse.of(heads_FF, RIDGE), obs.Inverse.of(mlp_FF, RIDGE)
         return {
-            "mlp.obs": obs.ranks(units),
-            "mlp.leverage": obs.leverage(mlp_FF, ridge=RIDGE),
-            "heads.obs": obs.ranks(heads),
-            "groups.obs": obs.ranks(groups),
-            "attention.leverage": obs.leverage(heads_FF, ridge=RIDGE).view(queries, shape.head_dim),
+            "mlp.obs": obs.ranks(obs.unit_order(units, down)[0]),
+            "mlp.leverage": units.leverage(),
+            "heads.obs": obs.ranks(obs.block_order(heads, out, blocks=queries, families=keys)[0]),
+            "groups.obs": obs.ranks(obs.block_order(heads, out, blocks=keys, families=1)[0]),
+            "attention.leverage": heads.leverage().view(queries, shape.head_dim),
         }
 
 
@@ -478,7 +473,7 @@ def _square_sums(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of squares of each row and of each column, in float64; a few rows at a time, so that they stay in cache."""
     rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for first in range(0, len(matrix), SQUARE_ROWS):
-        squares = _accumulation(matrix.detach()[first : first + SQUARE_ROWS]).square()
+        squares = widened(matrix.detach()[first : first + SQUARE_ROWS]).square()
         rows.append(squares.sum(1).double())
         columns += squares.sum(0).double()
     return torch.cat(rows), columns

@@ -127,7 +127,7 @@ def mend(
             _store(layer_file(folder, index), _stored(layer, pruned.dtype), record)
         watch(index + 1)
     started = time.monotonic()
-    norm, matrix, layer = head.fit(streams, layer, before, config, seed=seed)
+    norm, matrix = head.fit(streams, layer, before, config, seed=seed)
     tensors = {f"layer.{name}": tensor for name, tensor in _stored(layer, pruned.dtype).items()}
     tensors["norm"] = norm.weight.to(pruned.dtype)
     if matrix is not None:

@@ -9,6 +9,8 @@ Shape letters: D = outputs, F = units, n = units that are still there, N = block
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,37 @@ LAZY_UNITS = 128
 vectors, which at width 14,336 would move 10 TB per layer."""
 
 
-def inverse(covariance_FF: Tensor, ridge: float) -> Tensor:
-    """(C + ridge mean(diag C) I)^-1 in float64.
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """(C + lambda I)^-1 of the units' covariance C, lambda = ridge mean(diag C)."""
 
-    Raises:
-        ValueError: the units never fired, or their covariance is not finite.
-    """
-    damped_FF = damp(covariance_FF, ridge)
-    factor_FF, failed = torch.linalg.cholesky_ex(damped_FF)
-    if failed or not factor_FF.isfinite().all():
-        raise ValueError(
-            "the units' covariance on the calibration text is not positive definite: they are silent or not finite; "
-            "use more text (calibration.tokens) or a wider dtype (calibration.dtype=float32)"
-        )
-    return torch.cholesky_inverse(factor_FF)
+    matrix: Tensor
+    """[F, F], float64"""
+    damping: float
+    """lambda"""
+
+    @classmethod
+    def of(cls, covariance_FF: Tensor, ridge: float) -> Inverse:
+        """Of that covariance.
+
+        Raises:
+            ValueError: the units never fired, or their covariance is not finite.
+        """
+        factor_FF, failed = torch.linalg.cholesky_ex(damp(covariance_FF, ridge))
+        if failed or not factor_FF.isfinite().all():
+            raise ValueError(
+                "the units' covariance on the calibration text is not positive definite: they are silent or not "
+                "finite; use more text (calibration.tokens) or a wider dtype (calibration.dtype=float32)"
+            )
+        damping = ridge * float(covariance_FF.diagonal().double().mean())
+        return cls(torch.cholesky_inverse(factor_FF), damping)
+
+    def leverage(self) -> Tensor:
+        """Ridge leverage [F]: diag C (C + lambda I)^-1 = 1 - lambda diag (C + lambda I)^-1; larger = keep.
+
+        Lin et al., 2024, arXiv:2408.09632 (MoDeGPT), algorithm 1.
+        """
+        return 1 - self.damping * self.matrix.diagonal()
 
 
 def damp(covariance_FF: Tensor, ridge: float) -> Tensor:
@@ -40,7 +59,7 @@ def damp(covariance_FF: Tensor, ridge: float) -> Tensor:
     return damped_FF
 
 
-def unit_order(covariance_FF: Tensor, weight_DF: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
+def unit_order(inverse: Inverse, weight_DF: Tensor) -> tuple[Tensor, Tensor]:
     """The units [F] in the order in which they leave, and what each one's leaving adds to the squared error [F].
 
     With H = (C + lambda I)^-1 and W' the columns fitted to the units that are left, removing unit j adds
@@ -50,11 +69,8 @@ def unit_order(covariance_FF: Tensor, weight_DF: Tensor, *, ridge: float) -> tup
     H[:, j] / sqrt(H_jj) and u_j = G[:, j] / sqrt(H_jj) - v_j G_jj / (2 H_jj), one step is H <- H - v v^T and G <- G -
     v u^T - u v^T: ``LAZY_UNITS`` such vectors are gathered and then subtracted at once. The choice is the same as
     without the delay, because the diagonals and the columns that it needs are brought up to date at every step.
-
-    Raises:
-        ValueError: as :func:`inverse`.
     """
-    inverse_nn = inverse(covariance_FF, ridge)
+    inverse_nn = inverse.matrix
     wide_DF = weight_DF.double()
     gram_nn = wide_DF.T @ wide_DF
     alive = torch.arange(len(inverse_nn), device=inverse_nn.device)
@@ -99,9 +115,7 @@ def _lazy_steps(inverse_nn: Tensor, gram_nn: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.stack(gone), torch.stack(costs), v_nk, u_nk
 
 
-def block_order(
-    covariance_FF: Tensor, weight_DF: Tensor, *, blocks: int, families: int, ridge: float
-) -> tuple[Tensor, Tensor]:
+def block_order(inverse: Inverse, weight_DF: Tensor, *, blocks: int, families: int) -> tuple[Tensor, Tensor]:
     """As :func:`unit_order`, for ``blocks`` runs of F / blocks neighbouring units: attention heads, or KV groups.
 
     A block B adds tr(W'_B (H_BB)^-1 W'_B^T). The blocks belong to ``families`` equal runs (KV heads whose query heads
@@ -110,11 +124,8 @@ def block_order(
 
     Returns:
         the blocks [N] in the order in which they leave, and their costs [N].
-
-    Raises:
-        ValueError: as :func:`inverse`.
     """
-    inverse_FF, wide_DF = inverse(covariance_FF, ridge), weight_DF.double().clone()
+    inverse_FF, wide_DF = inverse.matrix.clone(), weight_DF.double().clone()
     size, members = len(inverse_FF) // blocks, blocks // families
     rows = torch.arange(blocks * size, device=inverse_FF.device).view(blocks, size)
     lost = [0] * families
@@ -140,18 +151,6 @@ def block_order(
         lost[block // members] += 1
         left.remove(block)
     return torch.tensor(order), torch.stack(costs)
-
-
-def leverage(covariance_FF: Tensor, *, ridge: float) -> Tensor:
-    """Ridge leverage [F]: diag C (C + lambda I)^-1 = 1 - lambda diag (C + lambda I)^-1, lambda = ridge mean(diag C).
-
-    Lin et al., 2024, arXiv:2408.09632 (MoDeGPT), algorithm 1; larger = keep.
-
-    Raises:
-        ValueError: as :func:`inverse`.
-    """
-    lam = ridge * covariance_FF.double().diagonal().mean()
-    return 1 - lam * inverse(covariance_FF, ridge).diagonal()
 
 
 def ranks(order_F: Tensor) -> Tensor:

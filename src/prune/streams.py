@@ -84,7 +84,7 @@ class Streams:
         return layer
 
     def pairs(self, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number of each batch and its states in both streams, on the device, in the fit's dtype."""
+        """Number of each batch and its states in both streams, on the device."""
         for batch, (x_BSD, x_BSd) in enumerate(zip(whole, cut, strict=True)):
             yield batch, x_BSD.to(self.device), x_BSd.to(self.device)
 

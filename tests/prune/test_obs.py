@@ -55,7 +55,7 @@ def test_units_leave_as_a_brute_force_search_removes_them(
 ) -> None:
     monkeypatch.setattr(obs, "LAZY_UNITS", lazy)
     covariance, weight = layer(10, seed=seed)
-    order, costs = obs.unit_order(covariance, weight, ridge=RIDGE)
+    order, costs = obs.unit_order(obs.Inverse.of(covariance, RIDGE), weight)
     wanted, increases = greedy(covariance, weight, [[unit] for unit in range(10)], 1)
     assert order.tolist() == wanted
     torch.testing.assert_close(costs, torch.tensor(increases, dtype=torch.float64), rtol=1e-7, atol=1e-9)
@@ -64,7 +64,7 @@ def test_units_leave_as_a_brute_force_search_removes_them(
 @pytest.mark.parametrize("families", [1, 2, 3])
 def test_blocks_leave_as_brute_force_removes_them(families: int) -> None:
     covariance, weight = layer(12)
-    order, costs = obs.block_order(covariance, weight, blocks=6, families=families, ridge=RIDGE)
+    order, costs = obs.block_order(obs.Inverse.of(covariance, RIDGE), weight, blocks=6, families=families)
     blocks = [[2 * block, 2 * block + 1] for block in range(6)]
     wanted, increases = greedy(covariance, weight, blocks, families)
     assert order.tolist() == wanted
@@ -73,7 +73,7 @@ def test_blocks_leave_as_brute_force_removes_them(families: int) -> None:
 
 def test_every_family_keeps_as_many_blocks_as_every_other() -> None:
     covariance, weight = layer(24)
-    order, _ = obs.block_order(covariance, weight, blocks=12, families=4, ridge=RIDGE)
+    order, _ = obs.block_order(obs.Inverse.of(covariance, RIDGE), weight, blocks=12, families=4)
     for removed in (4, 8):
         left = [block // 3 for block in range(12) if block not in order[:removed].tolist()]
         assert all(left.count(family) == 3 - removed // 4 for family in range(4))
@@ -82,7 +82,7 @@ def test_every_family_keeps_as_many_blocks_as_every_other() -> None:
 def test_a_unit_that_another_repeats_leaves_first_and_costs_nothing() -> None:
     covariance, weight = layer(8)
     twice = torch.cat([torch.eye(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64)[3:4]])
-    order, costs = obs.unit_order(twice @ covariance @ twice.T, weight @ twice.T, ridge=1e-9)
+    order, costs = obs.unit_order(obs.Inverse.of(twice @ covariance @ twice.T, 1e-9), weight @ twice.T)
     assert int(order[0]) in (3, 8)
     assert float(costs[0]) < 1e-6 * float(costs[-1])
 
@@ -90,14 +90,14 @@ def test_a_unit_that_another_repeats_leaves_first_and_costs_nothing() -> None:
 def test_a_silent_unit_leaves_before_one_that_speaks() -> None:
     covariance, weight = layer(8)
     covariance[2] = covariance[:, 2] = 0.0
-    assert int(obs.unit_order(covariance, weight, ridge=1e-4)[0][0]) == 2
+    assert int(obs.unit_order(obs.Inverse.of(covariance, 1e-4), weight)[0][0]) == 2
 
 
 def test_leverage_is_the_diagonal_of_the_ridge_projection() -> None:
     covariance, _ = layer(9)
     lam = 0.3 * covariance.diagonal().mean()
     dense = (covariance @ torch.linalg.inv(covariance + lam * torch.eye(9, dtype=torch.float64))).diagonal()
-    torch.testing.assert_close(obs.leverage(covariance, ridge=0.3), dense)
+    torch.testing.assert_close(obs.Inverse.of(covariance, 0.3).leverage(), dense)
 
 
 def test_ranks_rise_in_the_order_of_leaving() -> None:
@@ -106,4 +106,4 @@ def test_ranks_rise_in_the_order_of_leaving() -> None:
 
 def test_silence_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"calibration\.tokens"):
-        obs.inverse(torch.zeros(3, 3), 1e-4)
+        obs.Inverse.of(torch.zeros(3, 3), 1e-4)
