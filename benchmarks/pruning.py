@@ -239,13 +239,16 @@ def measure(bench: Bench, told: argparse.Namespace, results: Results) -> None:
 def measure_one(bench: Bench, method: Method, target: Target, told: argparse.Namespace, results: Results) -> None:
     """One method at one target: after the cut, and after distillation where it is named."""
     trained = told.distill_shares if method.name in told.distill else []
+    made: tuple[Loaded, float] | None = None
     for share in (0.0, *trained):
         for seed in seeds(method, told, distilled=share > 0):
             row = bench.row(target, method.name, ours=method.ours, seed=seed) | {"distilled": share}
             if results.has(**key(row)):
                 continue
-            made, seconds = cut(bench, method, target, seed)
-            loss = distill(bench, made.model, share, seed, told) if share else bench.evaluate(made)
+            if made is None or method.seeded:
+                made = cut(bench, method, target, seed)
+            model, seconds = made
+            loss = distill(bench, model.model, share, seed, told) if share else bench.evaluate(model)
             results.add(row | {"loss": loss, "seconds": seconds})
 
 
