@@ -10,7 +10,6 @@ from _main import command, exit_with, store  # isort: skip
 
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,19 +25,6 @@ from llamita.evaluate import token_bytes
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
-    """A model directory to learn from."""
-
-    path: Path = MISSING
-    weight: float = 1.0
-    """Its share in the mixture; shares are divided by their sum."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
-
-
-@dataclass(kw_only=True)
 class DataConfig:
     """A directory that ``prepare`` wrote."""
 
@@ -50,7 +36,7 @@ class Distill(loop.LoopConfig):
     """Everything that this recipe can be told."""
 
     student: student.StudentConfig = field(default_factory=student.StudentConfig)
-    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    teachers: dict[str, teachers.TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     loss: losses.LossConfig = field(default_factory=losses.LossConfig)
     optim: optim.OptimConfig = field(default_factory=optim.OptimConfig)

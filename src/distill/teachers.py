@@ -6,6 +6,7 @@ logits never exist for a whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,19 @@ class Attention(StrEnum):
     flash_attention_2 = "flash_attention_2"
     """Takes the borders of documents from the position ids and makes no mask; needs a GPU and bfloat16."""
     eager = "eager"
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """A model directory to learn from."""
+
+    path: Path
+    weight: float = 1.0
+    """Its share in the mixture; shares are divided by their sum."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
 
 
 class Teacher(Protocol):

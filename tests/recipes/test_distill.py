@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
 from llamita.distill import engines, losses, optim, student
+from llamita.distill.teachers import TeacherConfig
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -105,7 +106,7 @@ def test_two_teachers_make_a_student_and_the_directory_says_so(
 ) -> None:
     module, out = recipe("distill"), tmp_path / "student"
     before = checkpoints.content_hash(teacher)
-    teachers = {"big": module.TeacherConfig(path=teacher), "other": module.TeacherConfig(path=teacher, weight=3.0)}
+    teachers = {"big": TeacherConfig(path=teacher), "other": TeacherConfig(path=teacher, weight=3.0)}
     config = settings(
         module,
         data,
@@ -137,7 +138,7 @@ def test_a_student_that_is_its_teacher_loses_nothing(
             data,
             out,
             student=student.StudentConfig(path=teacher),
-            teachers={"big": module.TeacherConfig(path=teacher)},
+            teachers={"big": TeacherConfig(path=teacher)},
             steps=1,
         )
     )
@@ -172,7 +173,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("weight", [0.0, float("inf"), float("nan")])
 def test_a_share_without_meaning_is_refused(weight: float, recipe: Callable[[str], ModuleType]) -> None:
     with pytest.raises(ValueError, match=r"teachers.<name>.weight must be > 0 and finite"):
-        recipe("distill").TeacherConfig(path=Path("x"), weight=weight)
+        TeacherConfig(path=Path("x"), weight=weight)
 
 
 def test_other_vocabularies_are_refused_before_anything_is_written(
@@ -198,7 +199,7 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
                     data,
                     tmp_path / "out",
                     student=from_shape(),
-                    teachers={"big": module.TeacherConfig(path=tmp_path / name)},
+                    teachers={"big": TeacherConfig(path=tmp_path / name)},
                 )
             )
     assert not (tmp_path / "out").exists()
@@ -217,7 +218,7 @@ def test_a_truncated_teacher_ends_the_run_without_a_model(
                 data,
                 tmp_path / "out",
                 student=from_shape(),
-                teachers={"big": module.TeacherConfig(path=foreign)},
+                teachers={"big": TeacherConfig(path=foreign)},
             )
         )
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -266,7 +267,7 @@ def test_every_option_of_the_loss_reaches_the_run(
                 data,
                 out,
                 student=from_shape(tie_word_embeddings=True),
-                teachers={"big": module.TeacherConfig(path=teacher)},
+                teachers={"big": TeacherConfig(path=teacher)},
                 loss=losses.LossConfig(divergence=kind, chunk_mebibytes=1),
                 steps=1,
                 validation_rows=0,
