@@ -19,8 +19,9 @@ from llamita import checkpoints
 from llamita.data import loader, shards
 from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.further import Further
-from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
-from llamita.prune.plan import Pairs, ScoreConfig, TargetConfig, Tie
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
+from llamita.prune.target import Pairs, TargetConfig, Tie
 from llamita.shapes import LlamaShape
 
 Cut = tuple[str, str, TargetConfig, ScoreConfig]

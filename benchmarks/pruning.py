@@ -31,7 +31,8 @@ import pruning_peers
 import pruning_table
 from llamita import checkpoints, checks
 from llamita.data import loader, shards, tokens
-from llamita.prune import importance, stream
+from llamita.prune import stream
+from llamita.prune.scores import Scores
 from pruning_methods import Case, Loaded, Method
 from pruning_shapes import Family, Target, backbone, targets
 
@@ -99,7 +100,7 @@ class Bench:
         self.held_out = self.rows("validation", told.held_out_rows)
         self.pad_id = tokens.borders(checkpoints.load_tokenizer(self.data.tokenizer_path)).pad_id
         self.loss = self.evaluate(self.weights)
-        self._scores: importance.Scores | None = None
+        self._scores: Scores | None = None
         self._folder: Path = told.out / "scores" / subject.name
 
     def rows(self, split: str, number: int) -> list[stream.Batch]:

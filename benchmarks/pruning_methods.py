@@ -21,7 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llamita import checkpoints
 from llamita.prune import depth, importance, mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig, Prefix
-from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import FILE, HiddenScore, LayerScore, Scores, WidthScore
+from llamita.prune.target import TargetConfig
 from pruning_shapes import Family, Target
 
 STEP_ROWS = 4
@@ -68,7 +70,7 @@ class Case:
     """What a method is given."""
 
     weights: checkpoints.Weights
-    scores: importance.Scores
+    scores: Scores
     """Of the calibration rows; measured once for all methods."""
     calibration: list[stream.Batch]
     target: Target
@@ -99,8 +101,8 @@ class Method:
 
 def planned(
     case: Case,
-    kinds: plan.ScoreConfig,
-    scores: importance.Scores | None = None,
+    kinds: ScoreConfig,
+    scores: Scores | None = None,
     *,
     keep_layers: list[int] | None = None,
 ) -> plan.Plan:
@@ -112,7 +114,7 @@ def planned(
 
 def ranked(**kinds: Any) -> Cut:
     """Units by scores of the calibration pass."""
-    return lambda case: surgery.Pruned(case.weights, planned(case, plan.ScoreConfig(**kinds)))
+    return lambda case: surgery.Pruned(case.weights, planned(case, ScoreConfig(**kinds)))
 
 
 def without_least_loss(case: Case) -> list[int]:
@@ -130,7 +132,7 @@ def without_least_loss(case: Case) -> list[int]:
 
 def minitron(case: Case) -> stream.Model:
     """Muralidharan et al., 2024: activations for every width, the loss for layers."""
-    kinds = plan.ScoreConfig(mlp=WidthScore.activation, attention=WidthScore.activation, hidden=HiddenScore.activation)
+    kinds = ScoreConfig(mlp=WidthScore.activation, attention=WidthScore.activation, hidden=HiddenScore.activation)
     fewer = case.target.shape.num_hidden_layers < case.weights.shape.num_hidden_layers
     layers = without_least_loss(case) if fewer else None
     return surgery.Pruned(case.weights, planned(case, kinds, keep_layers=layers))
@@ -145,8 +147,8 @@ def random_units(case: Case) -> stream.Model:
         else tensor
         for name, tensor in sorted(case.scores.tensors.items())
     }
-    lots = importance.Scores(tensors=drawn, info=case.scores.info)
-    return surgery.Pruned(case.weights, planned(case, plan.ScoreConfig(**MAGNITUDE), lots))
+    lots = Scores(tensors=drawn, info=case.scores.info)
+    return surgery.Pruned(case.weights, planned(case, ScoreConfig(**MAGNITUDE), lots))
 
 
 def random_start(case: Case) -> stream.Model:
@@ -161,7 +163,7 @@ def ours(config: CompensationConfig, **kinds: Any) -> Cut:
     """What ``recipes/prune.py`` does with these settings; its defaults where nothing is said."""
 
     def make(case: Case) -> stream.Model:
-        made = plan.make(case.scores, case.weights.shape, case.target.config(), plan.ScoreConfig(**kinds))
+        made = plan.make(case.scores, case.weights.shape, case.target.config(), ScoreConfig(**kinds))
         pruned = surgery.Pruned(case.weights, made)
         if not config.wanted:
             return pruned
@@ -241,14 +243,14 @@ def methods() -> list[Method]:
 
 def measure(
     weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str, info: dict[str, Any]
-) -> importance.Scores:
+) -> Scores:
     """Every score that any method reads, in one go."""
     further = {}
-    if "all" in {field.name for field in dataclasses.fields(plan.ScoreConfig)}:
+    if "all" in {field.name for field in dataclasses.fields(ScoreConfig)}:
         layers = weights.shape.num_hidden_layers
         everything: Any = {"all": True, "removed_layers": layers - 1}
-        kinds: Any = plan.ScoreConfig(**everything)
-        further["further"] = kinds.further(weights.shape, plan.TargetConfig())
+        kinds: Any = ScoreConfig(**everything)
+        further["further"] = kinds.further(weights.shape, TargetConfig())
     return importance.measure(
         weights, text, dtype=torch.float32, device=device, pad_id=pad_id, second_order=True, info=info, **further
     )
@@ -256,13 +258,13 @@ def measure(
 
 def measured(
     folder: Path, weights: checkpoints.Weights, text: list[stream.Batch], pad_id: int, device: str, info: dict[str, Any]
-) -> importance.Scores:
+) -> Scores:
     """The scores that lie in ``folder`` where they are of ``info``, else new ones, which are saved there.
 
     Remove the folder when a new kind of score is to be compared.
     """
-    if (folder / importance.FILE).is_file():
-        scores = importance.Scores.load(folder)
+    if (folder / FILE).is_file():
+        scores = Scores.load(folder)
         if all(scores.info.get(name) == value for name, value in info.items()):
             return scores
     started = time.monotonic()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llamita.prune.plan import SIZES, TargetConfig, target_shape
+from llamita.prune.target import SIZES, TargetConfig, target_shape
 from llamita.shapes import PUBLISHED, LlamaShape
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5)

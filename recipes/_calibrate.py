@@ -17,7 +17,10 @@ from omegaconf import MISSING
 from llamita import checkpoints, checks, runs
 from llamita.data import loader, shards, tokens
 from llamita.progress import Progress
-from llamita.prune import importance, plan, stream
+from llamita.prune import importance, stream
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import FILE, Scores
+from llamita.prune.target import TargetConfig
 
 log = logging.getLogger(__name__)
 
@@ -144,28 +147,28 @@ def watched(name: str, layers: int, run: runs.Run) -> Iterator[Any]:
 
 
 def score(
-    scores: plan.ScoreConfig,
-    target: plan.TargetConfig,
+    scores: ScoreConfig,
+    target: TargetConfig,
     calibrated: CalibrationConfig,
     weights: checkpoints.Weights,
     text: list[stream.Batch],
     parents: Parents,
     run: runs.Run,
-) -> importance.Scores:
+) -> Scores:
     """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones."""
     info: dict[str, Any] = {name: parents[name][1] for name in ("model", "calibration") if name in parents}
     if scores.path is not None:
-        found = importance.Scores.load(scores.path)
+        found = Scores.load(scores.path)
         if runs.is_main_process() and found.info["model"] != info["model"]:
             raise ValueError(f"scores.path={scores.path} was measured on another model than {weights.path}")
         parents["scores"] = (scores.path, found.content_hash)
         return found
     folder, same = run.path / FOLDER, False
-    if runs.is_main_process() and (folder / importance.FILE).is_file():
-        saved = importance.Scores.load(folder).info
+    if runs.is_main_process() and (folder / FILE).is_file():
+        saved = Scores.load(folder).info
         same = {name: saved.get(name) for name in info} == info
     if agreed(same):
-        return importance.Scores.load(folder)
+        return Scores.load(folder)
     if calibrated.path is not None:
         with watched("calibrate", weights.shape.num_hidden_layers, run) as watch:
             passes = how(calibrated, weights) | {"second_order": scores.second_order}

@@ -16,8 +16,9 @@ from llamita.data import shards, sources, tokens
 from llamita.distill import loop, student
 from llamita.distill.engines import Precision
 from llamita.distill.teachers import Attention
-from llamita.prune import plan as pruning
-from llamita.prune.importance import LayerScore
+from llamita.prune.ranking import check_wanted
+from llamita.prune.scores import LayerScore
+from llamita.prune.target import target_shape
 from llamita.shapes import PUBLISHED, LlamaShape
 
 T = TypeVar("T")
@@ -365,7 +366,7 @@ def _target(source: LlamaShape, target: Any) -> tuple[LlamaShape, list[str]]:
     mistakes: list[str] = []
     while True:
         try:
-            return pruning.target_shape(source, target), mistakes
+            return target_shape(source, target), mistakes
         except ValueError as error:
             mistakes.append(str(error))
             named = re.search(r"target\.(\w+)", str(error))
@@ -388,7 +389,7 @@ def _wanted(source: LlamaShape, target: LlamaShape, config: Any, world: World) -
     if (config.model.path / "config.json").is_file():
         rope = checkpoints.rope_type(checkpoints.load_config(config.model.path))
     return mistakes + checks.errors_of(
-        lambda: pruning.check_wanted(source, target, config.target, kinds, has_text=has_text, rope_type=rope)
+        lambda: check_wanted(source, target, config.target, kinds, has_text=has_text, rope_type=rope)
     )
 
 

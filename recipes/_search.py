@@ -19,8 +19,8 @@ from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
 from llamita import checkpoints, checks, runs
 from llamita.prune import search, stream, surgery
-from llamita.prune.plan import SIZES, TargetConfig
 from llamita.prune.search import BudgetConfig, Candidate
+from llamita.prune.target import SIZES, TargetConfig
 from llamita.shapes import LlamaShape
 
 STUDENTS, DISTILLED = "students", "distilled"

@@ -30,6 +30,8 @@ from _calibrate import (
 from llamita import checkpoints, checks, runs
 from llamita.prune import mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig
+from llamita.prune.ranking import ScoreConfig, check_wanted
+from llamita.prune.target import TargetConfig, target_shape
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ class Prune:
     """Everything that this recipe can be told."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    target: plan.TargetConfig = field(default_factory=plan.TargetConfig)
-    scores: plan.ScoreConfig = field(default_factory=plan.ScoreConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compensation: CompensationConfig = field(default_factory=CompensationConfig)
     run: runs.RunConfig = field(default_factory=runs.RunConfig)
@@ -57,9 +59,9 @@ def run(config: Prune) -> None:
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
         checks.refuse(checks.device_here("calibration.device", config.calibration.device))
         model = checkpoints.Weights(config.model.path)
-        shape, rope = plan.target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
+        shape, rope = target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
-        plan.check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
+        check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
     with processes(), runs.start(config.out, "prune", runs.plain(config), config.run) as run:
         if not run.done:
             cut(config, run)

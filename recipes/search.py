@@ -21,6 +21,8 @@ from _calibrate import CalibrationConfig, ModelConfig, calibration, how, process
 from llamita import checkpoints, checks, runs
 from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
+from llamita.prune.ranking import ScoreConfig, check_wanted
+from llamita.prune.target import TargetConfig, target_shape
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
@@ -35,9 +37,9 @@ class Search:
     axes: search.AxesConfig = field(default_factory=search.AxesConfig)
     candidates: int = 16
     """How many shapes are cut and measured: those of least predicted loss, where there are more."""
-    target: plan.TargetConfig = field(default_factory=plan.TargetConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     """What all candidates share; a size that is set here is the only one of its axis."""
-    scores: plan.ScoreConfig = field(default_factory=plan.ScoreConfig)
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     held_out: _search.HeldOutConfig = field(default_factory=_search.HeldOutConfig)
     latency: latency.LatencyConfig = field(default_factory=latency.LatencyConfig)
@@ -104,7 +106,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     found = search.within(source, search.shapes(source, config.axes, config.target), config.budget)
     text = config.scores.have_text(calibrated=True)
     for shape in predict.alone(source, search.sizes(source, config.axes, config.target), config.target).values():
-        plan.check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
+        check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
     calibration(config.calibration, weights)
     if not held_out(config, weights):
         raise ValueError(f"held_out.split={config.held_out.split} of calibration.path has no rows")
@@ -140,7 +142,7 @@ def chosen(lab: Laboratory, found: list[LlamaShape], whole: float) -> list[searc
 def predicted(lab: Laboratory, removed: predict.Removed, whole: float) -> predict.Prediction:
     """What a removed share costs along each axis: one cut for each."""
     config, source = lab.config, lab.weights.shape
-    base = plan.target_shape(source, search.sized(config.target, {}))
+    base = target_shape(source, search.sized(config.target, {}))
     floor = whole if base == source else lab.loss(lab.candidate(base))
     grid = search.sizes(source, config.axes, config.target)
     increases = {

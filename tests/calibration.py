@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
-from llamita.prune.plan import ScoreConfig
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
 
 Batch = dict[str, Tensor]
 IGNORE = -100

@@ -16,6 +16,8 @@ from conftest import REPOSITORY, tiny_model
 from llamita import runs
 from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.further import Further
+from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
+from llamita.prune.target import Tie
 
 
 def benchmark(name: str) -> ModuleType:
@@ -85,4 +87,4 @@ def test_every_axis_is_cut_by_every_choice_into_a_model_that_can_be_run(tmp_path
         assert kept.target.num_parameters < weights.shape.num_parameters
         assert stream.mean_loss(surgery.Pruned(weights, kept), [text], dtype=torch.float32)
     choices = {choice for _, choice, _, _ in asked}
-    assert choices >= {*importance.WidthScore, *importance.HiddenScore, *importance.LayerScore, *plan.Tie}
+    assert choices >= {*WidthScore, *HiddenScore, *LayerScore, *Tie}

@@ -34,7 +34,7 @@ class Further:
         device: torch.device | str = "cpu",
         watch: Callable[[], None] = lambda: None,
     ) -> dict[str, Tensor]:
-        """The tensors that :class:`llamita.prune.importance.Scores` lists as measured where asked for.
+        """The tensors that :class:`llamita.prune.scores.Scores` lists as measured where asked for.
 
         Raises:
             ValueError: nothing in ``batches`` has a label, more layers are to leave than the model can lose, or a loss

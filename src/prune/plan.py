@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,308 +17,15 @@ import torch
 from torch import Tensor
 
 from llamita import checkpoints
-from llamita.prune import depth
 from llamita.prune.basis import Basis
-from llamita.prune.further import Further
-from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
+from llamita.prune.importance import norm_gain
+from llamita.prune.ranking import ScoreConfig, leaving, tie_of, top
+from llamita.prune.scores import HiddenScore, Scores, WidthScore
+from llamita.prune.target import SIZES, Pairs, Rope, TargetConfig, Tie, target_shape
 from llamita.shapes import LlamaShape
 
 FILE = "plan.safetensors"
 FORMAT = 2
-
-
-class Rope(StrEnum):
-    """The rotary scaling of the result."""
-
-    parent = "parent"
-    """As in the source: the kept weights were trained with it."""
-    published = "published"
-    """Factor 32, which Llama 3.2 publishes: changes 35 of 64 frequencies of a Llama 3.1 before any training."""
-
-
-class Tie(StrEnum):
-    """How an embedding E and an output matrix U become one matrix."""
-
-    least_squares = "least_squares"
-    """U where the head's input has energy, E elsewhere; see :func:`llamita.prune.tie.tied`. Needs text."""
-    mean = "mean"
-    embedding = "embedding"
-    head = "head"
-
-
-class Pairs(StrEnum):
-    """Which rotary pairs a smaller head keeps; one of each run of r neighbours when the head size is divided by r."""
-
-    first = "first"
-    """Pairs 0, r, 2 r, ...: their frequencies are bit-exactly those of the smaller head."""
-    strongest = "strongest"
-    """The one of most energy E[q^2] E[k^2] in its KV group; it is then turned at the frequency of the first."""
-
-
-@dataclass(kw_only=True)
-class TargetConfig:
-    """Sizes of the model to make; what is unset stays as in the source."""
-
-    num_hidden_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    tie_word_embeddings: bool | None = None
-    output_rows: list[int] | None = None
-    """Token ids whose logits the model keeps, in this order; it is then a ``LlamaForTokenClassification``."""
-    rope: Rope = Rope.parent
-    keep_layers: list[int] | None = None
-    """The source's layers to keep, instead of those of highest score."""
-    tie: Tie | None = None
-    """Unset: ``least_squares`` where there are statistics of text, else ``mean``."""
-    pairs: Pairs = Pairs.first
-
-    def __post_init__(self) -> None:
-        for name in SIZES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"target.{name} must be at least 1, got {value}")
-        if self.output_rows is not None:
-            if not self.output_rows:
-                raise ValueError("target.output_rows must hold at least one token id, got []")
-            if len(set(self.output_rows)) != len(self.output_rows):
-                raise ValueError(f"target.output_rows must hold each token id once, got {self.output_rows}")
-        if self.keep_layers is not None and sorted(set(self.keep_layers)) != self.keep_layers:
-            raise ValueError(f"target.keep_layers must rise without repeats, got {self.keep_layers}")
-
-
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-@dataclass(kw_only=True)
-class ScoreConfig:
-    """By what units are ranked, and where the scores come from."""
-
-    path: Path | None = None
-    """Directory of an earlier run of this recipe on the same model: its scores are used, nothing is measured."""
-    mlp: WidthScore = WidthScore.obs
-    attention: WidthScore = WidthScore.obs
-    hidden: HiddenScore = HiddenScore.pca
-    layers: LayerScore = LayerScore.greedy
-    all: bool = False
-    """Measure every score, also those that no axis is ranked by, so that other runs can use them (``path``)."""
-    removed_layers: int | None = None
-    """How many layers the scores ``greedy`` and ``contiguous`` can remove; unset: as many as the target does."""
-    gradient_tokens: int = 32768
-    """Of the calibration text, for ``taylor_unit`` and ``taylor_element``: a pass forward and one backward."""
-    depth_tokens: int = 16384
-    """Of the calibration text, for ``greedy`` and ``contiguous``: half a pass for each layer that could leave, each
-    time that one does."""
-    depth_gib: float = 4.0
-    """Host memory for the hidden states of the models that ``greedy`` and ``contiguous`` compare side by side."""
-    spill_path: Path | None = None
-    """An existing folder on a fast disk, where the inputs of all layers lie while gradients are measured; unset: they
-    are held in memory, ``gradient_tokens`` times the hidden size for each layer."""
-
-    def __post_init__(self) -> None:
-        for name in ("removed_layers", "gradient_tokens", "depth_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"scores.{name} must be at least 1, got {value}")
-        if not self.depth_gib > 0:
-            raise ValueError(f"scores.depth_gib must be > 0, got {self.depth_gib}")
-        if self.spill_path is not None and not self.spill_path.is_dir():
-            raise ValueError(f"scores.spill_path must be an existing folder, got {self.spill_path}")
-
-    @property
-    def second_order(self) -> bool:
-        """Whether an axis is ranked by the covariance of all units of a layer."""
-        return self.all or self.mlp.second_order or self.attention.second_order
-
-    def removed(self, source: LlamaShape, shape: LlamaShape) -> int:
-        """How many layers the scores must be able to remove.
-
-        Raises:
-            ValueError: ``removed_layers`` leaves no layer, or more than the target does.
-        """
-        fewer = source.num_hidden_layers - shape.num_hidden_layers
-        removed = fewer if self.removed_layers is None else self.removed_layers
-        if not fewer <= removed < source.num_hidden_layers:
-            raise ValueError(
-                f"scores.removed_layers must be in {fewer}..{source.num_hidden_layers - 1}, because the target removes "
-                f"{fewer} of {source.num_hidden_layers} layers, got {removed}"
-            )
-        return removed
-
-    def further(self, source: LlamaShape, target: TargetConfig) -> Further:
-        """The scores to measure that cost passes of their own: those of the axes that are cut, or all.
-
-        Raises:
-            ValueError: as :func:`target_shape` and :meth:`removed`.
-        """
-        shape = target_shape(source, target)
-        cut, removed = _cut(source, shape, target), self.removed(source, shape)
-        layers = self.layers if "layers" in cut else None
-        return Further(
-            by_gradient=self.all or any(getattr(self, a).by_gradient for a in ("mlp", "attention") if a in cut),
-            greedy_rounds=removed if self.all or layers is LayerScore.greedy else 0,
-            longest_block=removed if self.all or layers is LayerScore.contiguous else 0,
-            gradient_tokens=self.gradient_tokens,
-            depth_tokens=self.depth_tokens,
-            depth_gib=self.depth_gib,
-            spill_path=self.spill_path,
-        )
-
-    def have_text(self, *, calibrated: bool) -> bool:
-        """Whether the scores will be of text: those of ``path`` where it is set, else measured if ``calibrated``.
-
-        Raises:
-            ValueError: ``path`` holds no scores.
-        """
-        return Scores.load(self.path).has_text if self.path is not None else calibrated
-
-
-def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:
-    """The sizes of the model to make.
-
-    Raises:
-        ValueError: they cannot be cut out of ``source``, or no stock Llama can have them; names the nearest that can.
-    """
-    if source.output_rows is not None:
-        raise ValueError("model.path has lost output rows already: prune the model that it was cut from")
-    sizes = {name: getattr(target, name) for name in SIZES if getattr(target, name) is not None}
-    if target.keep_layers is not None:
-        sizes.setdefault("num_hidden_layers", len(target.keep_layers))
-        _check_layers(source, target.keep_layers, sizes["num_hidden_layers"])
-    for name, value in sizes.items():
-        if value > getattr(source, name):
-            raise ValueError(f"target.{name} must be at most the source's {getattr(source, name)}, got {value}")
-    merged = {name: sizes.get(name, getattr(source, name)) for name in SIZES}
-    _check_heads(source, merged)
-    tied = source.tie_word_embeddings if target.tie_word_embeddings is None else target.tie_word_embeddings
-    rows = None
-    if target.output_rows is not None:
-        if tied:
-            raise ValueError(
-                "target.output_rows needs target.tie_word_embeddings=false: a tied matrix also holds the inputs"
-            )
-        if outside := [row for row in target.output_rows if not 0 <= row < source.vocab_size]:
-            raise ValueError(f"target.output_rows must be token ids in 0..{source.vocab_size - 1}, got {outside}")
-        rows = len(target.output_rows)
-    return dataclasses.replace(source, **merged, tie_word_embeddings=tied, output_rows=rows)
-
-
-def check_wanted(
-    source: LlamaShape,
-    shape: LlamaShape,
-    target: TargetConfig,
-    kinds: ScoreConfig,
-    *,
-    has_text: bool,
-    rope_type: str | None,
-) -> None:
-    """Hold, before anything is read, that the plan can be made: from scores of text, or from the weights alone.
-
-    ``shape`` is what :func:`target_shape` said. ``rope_type`` is the source's; ``None``: not known. Where scores were
-    saved already, they must hold what the axes that are cut are ranked by.
-
-    Raises:
-        ValueError: text is needed and there is none, a score is needed that was not measured, the settings of scores
-            do not fit the model, or the rotary scaling is not one that Llama 3.2 publishes.
-    """
-    if target.rope is Rope.published and rope_type not in (None, "llama3"):
-        raise ValueError(f"target.rope=published needs a model with rope_type 'llama3', got {rope_type!r}")
-    if has_text:
-        if kinds.path is None:
-            kinds.removed(source, shape)
-        else:
-            _check_saved(Scores.load(kinds.path), source, shape, target, kinds)
-        return
-    instead = {
-        f"scores.{axis}={getattr(kinds, axis)}": f"scores.{axis}=magnitude"
-        for axis in _cut(source, shape, target)
-        if getattr(kinds, axis) != "magnitude"
-    }
-    if target.pairs is Pairs.strongest and shape.head_dim != source.head_dim:
-        instead["target.pairs=strongest"] = "target.pairs=first"
-    rotated = kinds.hidden is HiddenScore.pca and shape.hidden_size != source.hidden_size
-    if _tie(None, source, shape, target, rotated=rotated) is Tie.least_squares:
-        instead["target.tie=least_squares"] = "target.tie=mean"
-    if instead:
-        measured = f"{', '.join(instead)} {'is' if len(instead) == 1 else 'are'} measured on text"
-        raise ValueError(f"{measured}: set calibration.path, or {' '.join(instead.values())}")
-
-
-def _check_saved(
-    saved: Scores, source: LlamaShape, shape: LlamaShape, target: TargetConfig, kinds: ScoreConfig
-) -> None:
-    """Hold that saved scores can rank every axis that is cut."""
-    cut = _cut(source, shape, target)
-    for axis in cut:
-        saved[_tensor_of(kinds, axis)]
-    if "layers" in cut:
-        _leaving(saved, kinds, source.num_hidden_layers - shape.num_hidden_layers)
-
-
-def _tensor_of(kinds: ScoreConfig, axis: str) -> str:
-    """The tensor of the scores by which an axis is ranked."""
-    kind = getattr(kinds, axis)
-    if kind is WidthScore.obs and axis == "attention":
-        return "heads.obs"
-    if kind is HiddenScore.pca:
-        return "directions.vectors"
-    return f"depth.{kind}" if isinstance(kind, LayerScore) and kind.block else f"{axis}.{kind}"
-
-
-def _cut(source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> list[str]:
-    """The axes of which units are chosen by score, by their names in ``ScoreConfig``."""
-    sizes = {
-        "mlp": ("intermediate_size",),
-        "attention": ("num_attention_heads", "num_key_value_heads", "head_dim"),
-        "hidden": ("hidden_size",),
-        "layers": ("num_hidden_layers",) if target.keep_layers is None else (),
-    }
-    return [axis for axis, names in sizes.items() if any(getattr(shape, n) != getattr(source, n) for n in names)]
-
-
-def _check_layers(source: LlamaShape, keep: list[int], number: int) -> None:
-    if len(keep) != number:
-        raise ValueError(f"target.keep_layers must name target.num_hidden_layers={number} layers, got {keep}")
-    if outside := [index for index in keep if not 0 <= index < source.num_hidden_layers]:
-        raise ValueError(f"target.keep_layers must be in 0..{source.num_hidden_layers - 1}, got {outside}")
-
-
-def _check_heads(source: LlamaShape, sizes: dict[str, int]) -> None:
-    heads, keys = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    group = source.num_attention_heads // source.num_key_value_heads
-    if heads % keys or heads // keys > group:
-        allowed = [keys * size for size in range(1, group + 1)]
-        raise ValueError(
-            f"target.num_attention_heads must give each of the {keys} KV heads between 1 and {group} of the query "
-            f"heads that read it in the source: {_nearest(heads, allowed)}; got {heads}"
-        )
-    if sizes["hidden_size"] % heads:
-        allowed = list(range(heads, source.hidden_size + 1, heads))
-        raise ValueError(
-            f"target.hidden_size must be a multiple of num_attention_heads={heads} (LlamaConfig refuses others): "
-            f"{_nearest(sizes['hidden_size'], allowed)}; got {sizes['hidden_size']}"
-        )
-    if source.head_dim % sizes["head_dim"] or sizes["head_dim"] % 2:
-        allowed = [size for size in range(2, source.head_dim + 1, 2) if source.head_dim % size == 0]
-        raise ValueError(
-            f"target.head_dim must be even and divide the source's {source.head_dim}, so that rotary frequencies stay: "
-            f"{_nearest(sizes['head_dim'], allowed)}; got {sizes['head_dim']}"
-        )
-
-
-def _nearest(value: int, allowed: Sequence[int]) -> str:
-    """The closest allowed value below and above ``value``."""
-    below, above = [v for v in allowed if v <= value][-1:], [v for v in allowed if v > value][:1]
-    return "nearest are " + " and ".join(map(str, below + above)) if below + above else "there is none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -497,7 +202,7 @@ def make(scores: Scores | None, source: LlamaShape, target: TargetConfig, kinds:
     mlp = _mlp(scores, source, shape, layers, kinds)
     kv_heads, heads = _heads(scores, source, shape, layers, kinds)
     rotation = _rotation(scores, source, shape, kinds)
-    tie = _tie(scores, source, shape, target, rotated=rotation is not None)
+    tie = tie_of(scores, source, shape, target, rotated=rotation is not None)
     covariance = _measured(scores)["head.covariance"] if tie is Tie.least_squares else None
     rows = None if target.output_rows is None else torch.tensor(target.output_rows)
     return Plan(
@@ -526,12 +231,6 @@ def _measured(scores: Scores | None) -> Scores:
     return scores
 
 
-def _top(scores: Tensor, number: int) -> Tensor:
-    """Rising indices of the ``number`` highest entries of the last axis; equals go to the lowest index."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :number].sort(dim=-1).values
-
-
 def _layers(
     scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig, kinds: ScoreConfig
 ) -> Tensor:
@@ -539,19 +238,8 @@ def _layers(
         return torch.tensor(target.keep_layers)
     if shape.num_hidden_layers == source.num_hidden_layers:
         return torch.arange(source.num_hidden_layers)
-    leaving = _leaving(_measured(scores), kinds, source.num_hidden_layers - shape.num_hidden_layers)
-    return torch.tensor(sorted(set(range(source.num_hidden_layers)) - set(leaving.tolist())))
-
-
-def _leaving(scores: Scores, kinds: ScoreConfig, number: int) -> Tensor:
-    """The ``number`` layers that are worth least."""
-    score = scores[_tensor_of(kinds, "layers")]
-    if kinds.layers.block:
-        return depth.least_block(score, number)
-    if kinds.layers is LayerScore.greedy:
-        return depth.first_to_leave(score, number)
-    stay = _top(score, len(score) - number)
-    return torch.tensor([layer for layer in range(len(score)) if layer not in stay.tolist()])
+    gone = leaving(_measured(scores), kinds, source.num_hidden_layers - shape.num_hidden_layers)
+    return torch.tensor(sorted(set(range(source.num_hidden_layers)) - set(gone.tolist())))
 
 
 def _hidden(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
@@ -559,7 +247,7 @@ def _hidden(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers
     if shape.hidden_size == source.hidden_size or kinds.hidden is HiddenScore.pca:
         return torch.arange(shape.hidden_size)
     score = _measured(scores)[f"hidden.{kinds.hidden}"][layers].sum((0, 1))
-    return _top(score, shape.hidden_size)
+    return top(score, shape.hidden_size)
 
 
 def _rotation(scores: Scores | None, source: LlamaShape, shape: LlamaShape, kinds: ScoreConfig) -> Tensor | None:
@@ -571,7 +259,7 @@ def _rotation(scores: Scores | None, source: LlamaShape, shape: LlamaShape, kind
 def _mlp(scores: Scores | None, source: LlamaShape, shape: LlamaShape, layers: Tensor, kinds: ScoreConfig) -> Tensor:
     if shape.intermediate_size == source.intermediate_size:
         return torch.arange(source.intermediate_size).expand(len(layers), -1).contiguous()
-    return _top(_measured(scores)[f"mlp.{kinds.mlp}"][layers], shape.intermediate_size)
+    return top(_measured(scores)[f"mlp.{kinds.mlp}"][layers], shape.intermediate_size)
 
 
 def _heads(
@@ -585,12 +273,12 @@ def _heads(
     if keep == group and shape.num_key_value_heads == keys:
         return torch.arange(keys).expand(number, -1).contiguous(), all_heads.flatten(1).contiguous()
     score_LKG = _head_scores(scores, layers, kinds).view(number, keys, group)
-    inside = _top(score_LKG, keep)
+    inside = top(score_LKG, keep)
     if kinds.attention is WidthScore.obs:
         best = _measured(scores)["groups.obs"][layers]
     else:
         best = score_LKG.gather(2, inside).sum(-1)
-    kv_heads = _top(best, shape.num_key_value_heads)
+    kv_heads = top(best, shape.num_key_value_heads)
     heads = all_heads.gather(2, inside).gather(1, kv_heads[..., None].expand(-1, -1, keep))
     return kv_heads, heads.flatten(1).contiguous()
 
@@ -639,7 +327,7 @@ def _values(
     kind = WidthScore.norm_product if kinds.attention is WidthScore.obs else kinds.attention
     score_LHE = _rows(_measured(scores)[f"attention.{kind}"][layers], heads)
     score_LKE = _by_group(score_LHE.square(), kv_heads).sum(2)
-    return _top(score_LKE, shape.head_dim)
+    return top(score_LKE, shape.head_dim)
 
 
 def _rows(tensor_LHE: Tensor, index_LH: Tensor) -> Tensor:
@@ -662,13 +350,3 @@ def _gains(scores: Scores | None, source: LlamaShape, layers: Tensor, hidden: Te
         # What the directions hold is known on average over the norms, not at each of them.
         energies = measured["directions.energy"].expand(len(energies), -1)
     return torch.stack([norm_gain(energies[norm], epsilons[norm], hidden) for norm in norms.tolist()])
-
-
-def _tie(
-    scores: Scores | None, source: LlamaShape, shape: LlamaShape, target: TargetConfig, *, rotated: bool
-) -> Tie | None:
-    if not shape.tie_word_embeddings or (source.tie_word_embeddings and not rotated):
-        return None
-    if target.tie is not None:
-        return target.tie
-    return Tie.least_squares if scores is not None and "head.covariance" in scores.tensors else Tie.mean

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore
-from llamita.prune.plan import SIZES, ScoreConfig, TargetConfig, target_shape
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.search import sized, units
+from llamita.prune.target import SIZES, TargetConfig, target_shape
 from llamita.shapes import LlamaShape
 
 AXES = ("layers", "hidden", "mlp", "attention")

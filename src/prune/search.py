@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llamita import runs
-from llamita.prune.plan import SIZES, TargetConfig, target_shape
+from llamita.prune.target import SIZES, TargetConfig, target_shape
 from llamita.shapes import LlamaShape
 
 FILE = "candidates.jsonl"

@@ -17,8 +17,9 @@ from transformers import LlamaConfig
 from llamita import checkpoints
 from llamita.prune import tie
 from llamita.prune.basis import scaled, take
-from llamita.prune.plan import Plan, Rope
+from llamita.prune.plan import Plan
 from llamita.prune.stream import Model
+from llamita.prune.target import Rope
 from llamita.shapes import LlamaShape
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")

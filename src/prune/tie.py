@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llamita.prune.basis import Basis, widened
-from llamita.prune.plan import Plan, Tie
+from llamita.prune.plan import Plan
+from llamita.prune.target import Tie
 
 CHUNK_ROWS = 16384
 COVARIANCE_WEIGHT = 4.0

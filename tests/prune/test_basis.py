@@ -16,8 +16,8 @@ from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import importance, plan, surgery
 from llamita.prune.basis import Basis
-from llamita.prune.importance import HiddenScore
-from llamita.prune.plan import TargetConfig, Tie
+from llamita.prune.scores import HiddenScore
+from llamita.prune.target import TargetConfig, Tie
 
 PCA = ranked(hidden=HiddenScore.pca)
 

@@ -19,8 +19,9 @@ from llamita import checkpoints
 from llamita.prune import depth, importance, plan, stream
 from llamita.prune.depth import Removals
 from llamita.prune.further import Further, first_rows
-from llamita.prune.importance import LayerScore, Scores
-from llamita.prune.plan import TargetConfig
+from llamita.prune.ranking import check_wanted
+from llamita.prune.scores import LayerScore, Scores, WidthScore
+from llamita.prune.target import TargetConfig, target_shape
 
 LAYERS = 5
 EXACT = Removals(dtype=torch.float64)
@@ -183,8 +184,8 @@ def test_only_what_is_asked_for_is_measured(weights: checkpoints.Weights) -> Non
         ranked(layers=LayerScore.greedy).further(shape, width): Further(),
         ranked(layers=LayerScore.greedy, removed_layers=4).further(shape, two): Further(greedy_rounds=4),
         ranked(layers=LayerScore.contiguous).further(shape, two): Further(longest_block=2),
-        ranked(mlp=importance.WidthScore.taylor_unit).further(shape, two): Further(),
-        ranked(mlp=importance.WidthScore.taylor_unit).further(shape, width): Further(by_gradient=True),
+        ranked(mlp=WidthScore.taylor_unit).further(shape, two): Further(),
+        ranked(mlp=WidthScore.taylor_unit).further(shape, width): Further(by_gradient=True),
         ranked(all=True).further(shape, two): Further(by_gradient=True, greedy_rounds=2, longest_block=2),
     }
     for found, expected in asked.items():
@@ -202,17 +203,17 @@ def test_saved_scores_that_lack_what_is_asked_for_are_refused(weights: checkpoin
     plain = saved_scores(weights, tmp_path / "plain", Further())
     one = saved_scores(weights, tmp_path / "one", Further(greedy_rounds=1, longest_block=1))
     shape, target = weights.shape, TargetConfig(num_hidden_layers=3, intermediate_size=48)
-    cut = plan.target_shape(shape, target)
+    cut = target_shape(shape, target)
     for path, message, kinds in (
         (plain, r"hold no layers\.greedy: .*calibration\.path", {"layers": LayerScore.greedy}),
         (plain, r"hold no depth\.contiguous", {"layers": LayerScore.contiguous}),
-        (plain, r"hold no mlp\.taylor_unit", {"mlp": importance.WidthScore.taylor_unit}),
+        (plain, r"hold no mlp\.taylor_unit", {"mlp": WidthScore.taylor_unit}),
         (one, r"at most 1 do, and target\.num_hidden_layers removes 2", {"layers": LayerScore.greedy}),
         (one, r"at most 1 do.*scores\.removed_layers=2", {"layers": LayerScore.contiguous}),
     ):
         config = ranked(path=path, **kinds)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
-            plan.check_wanted(shape, cut, target, config, has_text=True, rope_type=None)
+            check_wanted(shape, cut, target, config, has_text=True, rope_type=None)
         with pytest.raises(ValueError, match=message):
             plan.make(Scores.load(path), shape, target, config)
 
@@ -220,9 +221,9 @@ def test_saved_scores_that_lack_what_is_asked_for_are_refused(weights: checkpoin
 @pytest.mark.parametrize("removed", [1, LAYERS])
 def test_a_number_of_layers_that_cannot_be_removed_is_refused(removed: int, weights: checkpoints.Weights) -> None:
     target, kinds = TargetConfig(num_hidden_layers=3), ranked(removed_layers=removed)
-    shape = plan.target_shape(weights.shape, target)
+    shape = target_shape(weights.shape, target)
     with pytest.raises(ValueError, match=rf"scores\.removed_layers must be in 2\.\.4, .* got {removed}"):
-        plan.check_wanted(weights.shape, shape, target, kinds, has_text=True, rope_type=None)
+        check_wanted(weights.shape, shape, target, kinds, has_text=True, rope_type=None)
 
 
 def test_no_round_leaves_no_layer_and_no_label_no_loss(weights: checkpoints.Weights) -> None:

@@ -16,6 +16,7 @@ from calibration import IGNORE, Batch, padded, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import importance, stream
+from llamita.prune.scores import Scores
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_heads_under_grouped_queries_see_their_own_input(
             torch.testing.assert_close(scores["attention.norm_product"][index, head], product, rtol=1e-5, atol=0)
 
 
-def close(first: importance.Scores, second: importance.Scores) -> None:
+def close(first: Scores, second: Scores) -> None:
     assert first.tensors.keys() == second.tensors.keys()
     for name, tensor in first.tensors.items():
         torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-6, atol=1e-9, msg=name)
@@ -307,12 +308,12 @@ def test_scores_survive_their_file_bit_for_bit(weights: checkpoints.Weights, tmp
     scores = importance.measure(weights, [text()], dtype=torch.float64, info={"source": "abc"})
     scores.save(tmp_path / "pruning")
     for folder in (tmp_path / "pruning", tmp_path):
-        again = importance.Scores.load(folder)
+        again = Scores.load(folder)
         assert again.info == scores.info
         assert again.tensors.keys() == scores.tensors.keys()
         assert all(torch.equal(again.tensors[name], tensor) for name, tensor in scores.tensors.items())
     with pytest.raises(ValueError, match="holds no scores"):
-        importance.Scores.load(tmp_path / "elsewhere")
+        Scores.load(tmp_path / "elsewhere")
 
 
 def test_one_layer_is_read_at_a_time(weights: checkpoints.Weights, monkeypatch: pytest.MonkeyPatch) -> None:

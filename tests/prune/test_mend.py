@@ -18,10 +18,11 @@ from llamita import checkpoints
 from llamita.prune import head, importance, mend, plan, stream, surgery
 from llamita.prune.attention import Attention, divergence
 from llamita.prune.compensation import CompensationConfig, Prefix
-from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
-from llamita.prune.plan import ScoreConfig, TargetConfig
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
 from llamita.prune.stream import Runner
 from llamita.prune.streams import Streams
+from llamita.prune.target import TargetConfig
 from llamita.prune.tune import tune
 
 OFF = CompensationConfig(

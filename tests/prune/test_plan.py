@@ -17,8 +17,11 @@ from calibration import ranked
 from conftest import REPOSITORY, tiny_config
 from llamita import checkpoints, runs
 from llamita.prune import plan, surgery
-from llamita.prune.importance import HiddenScore, LayerScore, Scores, WidthScore, norm_gain
-from llamita.prune.plan import Pairs, Plan, Rope, ScoreConfig, TargetConfig, Tie
+from llamita.prune.importance import norm_gain
+from llamita.prune.plan import Plan
+from llamita.prune.ranking import ScoreConfig, check_wanted
+from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
+from llamita.prune.target import Pairs, Rope, TargetConfig, Tie, target_shape
 from llamita.shapes import PUBLISHED, LlamaShape
 
 GUARD_IDS = [19193, 39257, 198, 271, 50, 11, 16, 17, 18, 19, 20, 21, 22, 23, 24, 605, 806, 717, 1032, 128009]
@@ -207,7 +210,7 @@ def test_the_guards_twenty_rows_are_a_stock_token_classifier() -> None:
 
 
 def test_a_tied_base_untied_by_the_guard_target_has_the_same_count() -> None:
-    kept = plan.target_shape(PUBLISHED["meta-llama/Llama-3.2-1B"], target("llama_guard3_1b_pruned"))
+    kept = target_shape(PUBLISHED["meta-llama/Llama-3.2-1B"], target("llama_guard3_1b_pruned"))
     assert kept.num_parameters == 1_123_076_096
 
 
@@ -234,12 +237,12 @@ def test_a_tied_base_untied_by_the_guard_target_has_the_same_count() -> None:
 )
 def test_targets_that_cannot_be_cut_are_refused_with_the_nearest_that_can(fields: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        plan.target_shape(SHAPE, TargetConfig(**fields))
+        target_shape(SHAPE, TargetConfig(**fields))
 
 
 def test_what_is_unset_stays_as_in_the_source() -> None:
-    assert plan.target_shape(SHAPE, TargetConfig()) == SHAPE
-    assert plan.target_shape(SHAPE, TargetConfig(keep_layers=[0, 2])).num_hidden_layers == 2
+    assert target_shape(SHAPE, TargetConfig()) == SHAPE
+    assert target_shape(SHAPE, TargetConfig(keep_layers=[0, 2])).num_hidden_layers == 2
 
 
 def test_nothing_to_cut_needs_no_scores() -> None:
@@ -440,10 +443,10 @@ MAGNITUDES = ranked(
 )
 def test_only_an_axis_that_is_cut_needs_text(cut: dict[str, Any], axis: str | None) -> None:
     config = TargetConfig(**cut)
-    shape = plan.target_shape(SHAPE, config)
+    shape = target_shape(SHAPE, config)
 
     def check(kinds: ScoreConfig, *, has_text: bool) -> None:
-        plan.check_wanted(SHAPE, shape, config, kinds, has_text=has_text, rope_type="default")
+        check_wanted(SHAPE, shape, config, kinds, has_text=has_text, rope_type="default")
 
     check(ranked(), has_text=True)
     check(MAGNITUDES, has_text=False)
@@ -459,8 +462,8 @@ def test_only_an_axis_that_is_cut_needs_text(cut: dict[str, Any], axis: str | No
 
 def test_what_else_needs_text_or_another_rope_is_said_before_anything_is_read() -> None:
     def check(config: TargetConfig, rope_type: str | None = "llama3") -> None:
-        shape = plan.target_shape(SHAPE, config)
-        plan.check_wanted(SHAPE, shape, config, MAGNITUDES, has_text=False, rope_type=rope_type)
+        shape = target_shape(SHAPE, config)
+        check_wanted(SHAPE, shape, config, MAGNITUDES, has_text=False, rope_type=rope_type)
 
     check(TargetConfig(pairs=Pairs.strongest))
     check(TargetConfig(tie=Tie.least_squares))

@@ -14,7 +14,8 @@ import torch
 from calibration import ranked, saved, text
 from conftest import tiny_model
 from llamita.prune import importance, plan, predict, search
-from llamita.prune.plan import SIZES, TargetConfig
+from llamita.prune.scores import Scores
+from llamita.prune.target import SIZES, TargetConfig, target_shape
 from llamita.shapes import PUBLISHED, LlamaShape
 
 EIGHT = PUBLISHED["meta-llama/Llama-3.1-8B"]
@@ -139,12 +140,12 @@ def test_a_size_of_the_target_is_the_only_one_of_its_axis() -> None:
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> importance.Scores:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
     weights = saved(tiny_model(), tmp_path_factory.mktemp("search"))
     return importance.measure(weights, [text()], dtype=torch.float64)
 
 
-def test_a_larger_shape_never_loses_more(scores: importance.Scores) -> None:
+def test_a_larger_shape_never_loses_more(scores: Scores) -> None:
     """To the last bit: the order in which dominated shapes are discarded rests on it."""
     removed = predict.Removed(scores, SOURCE, ranked())
     prediction = predict.Prediction(whole=5.0, weights={"layers": 3.1, "hidden": 0.7, "mlp": 0.3, "attention": 0.9})
@@ -155,13 +156,13 @@ def test_a_larger_shape_never_loses_more(scores: importance.Scores) -> None:
     assert set(removed.shares(SOURCE).values()) == {0.0}
 
 
-def test_removed_shares_are_those_of_the_plan(scores: importance.Scores) -> None:
+def test_removed_shares_are_those_of_the_plan(scores: Scores) -> None:
     """One axis at a time, the units that a plan drops hold exactly the removed share of squared scores."""
     removed, kinds = predict.Removed(scores, SOURCE, ranked()), ranked()
 
     def cut(**sizes: Any) -> tuple[plan.Plan, dict[str, float]]:
         target = TargetConfig(**sizes)
-        shape = plan.target_shape(SOURCE, target)
+        shape = target_shape(SOURCE, target)
         return plan.make(scores, SOURCE, target, kinds), removed.shares(shape)
 
     kept, shares = cut(intermediate_size=40)

@@ -17,8 +17,10 @@ from calibration import Batch, ranked, saved, text
 from conftest import tiny_model
 from llamita import checkpoints
 from llamita.prune import importance, plan, stream, surgery
-from llamita.prune.importance import HiddenScore, LayerScore, WidthScore
-from llamita.prune.plan import Pairs, Plan, ScoreConfig, TargetConfig, Tie
+from llamita.prune.plan import Plan
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
+from llamita.prune.target import Pairs, TargetConfig, Tie, target_shape
 from llamita.prune.tie import COVARIANCE_WEIGHT
 
 MEASURED = ranked()
@@ -359,7 +361,7 @@ def test_kept_output_rows_are_a_token_classifiers_logits(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="token classifier of 3 output rows"):
         checkpoints.load_model(tmp_path / "out")
     with pytest.raises(ValueError, match="lost output rows already"):
-        plan.target_shape(again.shape, TargetConfig())
+        target_shape(again.shape, TargetConfig())
 
 
 STOCK = """

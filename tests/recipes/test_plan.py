@@ -21,7 +21,8 @@ from conftest import tiny_config, tiny_model
 from llamita import checkpoints, checks, runs
 from llamita.data.sources import SourceConfig
 from llamita.data.tokens import TokenizerConfig
-from llamita.prune.importance import FORMAT, Scores
+from llamita.prune.importance import FORMAT
+from llamita.prune.scores import Scores
 from llamita.shapes import PUBLISHED
 
 EIGHT = "model.path=meta-llama/Llama-3.1-8B"

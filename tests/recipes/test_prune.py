@@ -29,6 +29,8 @@ from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs
 from llamita.prune import importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
+from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
+from llamita.prune.target import TargetConfig, target_shape
 from llamita.shapes import PUBLISHED
 
 SMALL = (
@@ -115,7 +117,7 @@ def settings(recipe: Callable[[str], ModuleType], model: Path, data: Path | None
     fields: dict[str, Any] = {
         "model": module.ModelConfig(path=model),
         "calibration": module.CalibrationConfig(path=data, tokens=1024, batch_rows=4),
-        "target": plan.TargetConfig(
+        "target": TargetConfig(
             num_hidden_layers=2,
             hidden_size=32,
             intermediate_size=40,
@@ -213,12 +215,12 @@ def test_scores_are_measured_once_and_serve_other_targets(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, first, second = recipe("prune"), tmp_path / "first", tmp_path / "second"
-    target = plan.TargetConfig(intermediate_size=32, num_hidden_layers=1)
+    target = TargetConfig(intermediate_size=32, num_hidden_layers=1)
     module.run(settings(recipe, model, data, first, target=target, compensation=OFF))
     again = settings(
         recipe, model, None, tmp_path / "again", target=target, scores=ranked(path=first), compensation=OFF
     )
-    fresh = settings(recipe, model, data, second, target=plan.TargetConfig(hidden_size=32))
+    fresh = settings(recipe, model, data, second, target=TargetConfig(hidden_size=32))
     reused = dataclasses.replace(fresh, scores=ranked(path=first), out=tmp_path / "third")
     module.run(fresh)
     monkeypatch.setattr(importance, "measure", None)
@@ -230,17 +232,17 @@ def test_scores_are_measured_once_and_serve_other_targets(
     assert len(importances(first)) == 3
     losses = [runs.read_json(path / "DONE.json")["summary"]["loss_before"] for path in (second, tmp_path / "third")]
     assert losses[0] == losses[1]
-    digest = importance.Scores.load(first).content_hash
+    digest = Scores.load(first).content_hash
     assert runs.read_json(tmp_path / "third/llamita.json")["parents"]["scores"]["sha256"] == digest
 
 
 def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, finished: Path
 ) -> None:
-    module, kinds = recipe("prune"), importance.WidthScore
-    asked = ranked(layers=importance.LayerScore.greedy, mlp=kinds.taylor_unit, spill_path=tmp_path)
+    module, kinds = recipe("prune"), WidthScore
+    asked = ranked(layers=LayerScore.greedy, mlp=kinds.taylor_unit, spill_path=tmp_path)
     module.run(settings(recipe, model, data, tmp_path / "first", scores=asked))
-    names = set(importance.Scores.load(tmp_path / "first").tensors) - set(importance.Scores.load(finished).tensors)
+    names = set(Scores.load(tmp_path / "first").tensors) - set(Scores.load(finished).tensors)
     by_gradient = {f"{axis}.taylor_{way}" for axis in ("mlp", "attention") for way in ("unit", "element")}
     assert names == by_gradient | {"layers.greedy", "depth.greedy"}
     missed = settings(recipe, model, None, tmp_path / "second", scores=dataclasses.replace(asked, path=finished))
@@ -263,7 +265,7 @@ def test_scores_of_another_model_are_refused(
 def test_the_same_shape_is_the_identity(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    config = settings(recipe, model, data, tmp_path / "out", target=plan.TargetConfig())
+    config = settings(recipe, model, data, tmp_path / "out", target=TargetConfig())
     recipe("prune").run(config)
     source, result = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
     assert source.keys() == result.keys()
@@ -275,10 +277,10 @@ def test_the_same_shape_is_the_identity(
 
 def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
     magnitude = ranked(
-        mlp=importance.WidthScore.magnitude,
-        attention=importance.WidthScore.magnitude,
-        hidden=importance.HiddenScore.magnitude,
-        layers=importance.LayerScore.magnitude,
+        mlp=WidthScore.magnitude,
+        attention=WidthScore.magnitude,
+        hidden=HiddenScore.magnitude,
+        layers=LayerScore.magnitude,
     )
     out = tmp_path / "out"
     with pytest.raises(
@@ -292,7 +294,7 @@ def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Pat
     assert [row["prune/mlp/importance/magnitude"] > 0 for row in rows[:3]] == [True] * 3
     for scores in (ranked(path=out), dataclasses.replace(magnitude, path=out)):
         again = settings(recipe, model, None, tmp_path / "again", scores=scores)
-        if scores.mlp is importance.WidthScore.magnitude:
+        if scores.mlp is WidthScore.magnitude:
             recipe("prune").run(again)
             continue
         with pytest.raises(ValueError, match="measured on text"):
@@ -304,7 +306,7 @@ def test_kept_output_rows_are_named_by_their_tokens(
     recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path
 ) -> None:
     ids = [300, 20, 301]
-    target = plan.TargetConfig(output_rows=ids)
+    target = TargetConfig(output_rows=ids)
     recipe("prune").run(settings(recipe, model, None, tmp_path / "out", target=target))
     stock, info = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
@@ -470,7 +472,7 @@ def test_a_directory_of_another_run_is_refused(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, finished: Path
 ) -> None:
     with pytest.raises(ValueError, match="other settings"):
-        recipe("prune").run(settings(recipe, model, data, finished, target=plan.TargetConfig(hidden_size=32)))
+        recipe("prune").run(settings(recipe, model, data, finished, target=TargetConfig(hidden_size=32)))
 
 
 @pytest.mark.parametrize(
@@ -490,7 +492,7 @@ def test_targets_on_the_command_line_are_the_published_sizes(
         cfg = compose("prune", [f"target={name}", "model.path=m", "out=o"])
     config: Any = OmegaConf.to_object(cfg)
     expected = dataclasses.replace(PUBLISHED[published], output_rows=None)
-    assert plan.target_shape(PUBLISHED[source], config.target) == expected
+    assert target_shape(PUBLISHED[source], config.target) == expected
     assert checkpoints.shape_of(tiny_config(**expected.config_fields())) == expected
 
 

@@ -22,7 +22,10 @@ from hydra import compose, initialize_config_dir
 from conftest import REPOSITORY, tiny_model
 from llamita import checkpoints, runs
 from llamita.data import loader, shards
-from llamita.prune import importance, plan, search, stream, surgery
+from llamita.prune import plan, search, stream, surgery
+from llamita.prune.ranking import ScoreConfig
+from llamita.prune.scores import Scores
+from llamita.prune.target import SIZES, TargetConfig
 
 BATCH = ("global_batch_rows=4", "micro_batch_rows=4", "optim.warmup_steps=1", "validation_rows=0")
 LINE = (
@@ -91,14 +94,14 @@ def finished(model: Path, data: Path) -> Path:
 def test_candidates_are_ranked_by_the_loss_of_what_the_plan_cuts(finished: Path, model: Path, data: Path) -> None:
     """Brute force: every shape is cut by the library, and its loss taken on the first held-out rows."""
     weights, found = checkpoints.Weights(model), search.load(finished)
-    scores = importance.Scores.load(finished)
+    scores = Scores.load(finished)
     split = shards.PackedData.open(data).split("validation")
     rows = list(loader.Sequential(split, batch_rows=4, max_rows=8))
     assert len(found) == 4
     for candidate in found:
         assert candidate.costs["parameters"] == candidate.shape.num_parameters <= 100_000
-        target = plan.TargetConfig(**search.sizes_of(candidate.shape))  # type: ignore[arg-type]
-        cut = surgery.Pruned(weights, plan.make(scores, weights.shape, target, plan.ScoreConfig()))
+        target = TargetConfig(**search.sizes_of(candidate.shape))  # type: ignore[arg-type]
+        cut = surgery.Pruned(weights, plan.make(scores, weights.shape, target, ScoreConfig()))
         assert candidate.loss == pytest.approx(stream.mean_loss(cut, rows, dtype=torch.float32), abs=1e-6)
     losses = [candidate.loss or 0.0 for candidate in found]
     distilled = {candidate.name for candidate in found if candidate.recovered is not None}
@@ -182,7 +185,7 @@ def test_a_stop_is_obeyed_between_candidates_and_ends_with_75(
     assert (tmp_path / "out/DONE.json").is_file()
     target = yaml.safe_load((tmp_path / "out/target/searched.yaml").read_text())
     best = min(search.load(tmp_path / "out"), key=lambda candidate: candidate.loss or 0.0)
-    assert {name: target[name] for name in plan.SIZES} == search.sizes_of(best.shape)
+    assert {name: target[name] for name in SIZES} == search.sizes_of(best.shape)
 
 
 def test_latency_is_measured_where_it_is_a_budget(
