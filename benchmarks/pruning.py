@@ -5,7 +5,7 @@ python benchmarks/pruning.py --model stories=scratch/stories260k/model:scratch/s
 ``benchmarks/llama2c.py`` makes such models. Calibration rows come from the training documents, evaluation rows from the
 held-out ones. ``--distill`` trains the students of the named methods on a share of the teacher's training tokens with
 ``recipes/distill.py``. Results are appended to ``results.jsonl``: what is there is not done again. At the end
-``table.md`` and ``plot.png`` are drawn from it.
+``markdown.md`` (every row), ``summary.md``, ``ablation.md`` and ``plot.png`` are drawn from it.
 """
 
 from __future__ import annotations
@@ -305,7 +305,8 @@ def main() -> None:
     results = Results(told.out / RESULTS)
     for subject in told.model:
         measure(Bench(subject, told), told, results)
-    (told.out / "table.md").write_text(pruning_table.markdown(results.rows))
+    for table in (pruning_table.markdown, pruning_table.summary, pruning_table.ablation):
+        (told.out / f"{table.__name__}.md").write_text(table(results.rows))
     pruning_table.plot(results.rows, told.out / "plot.png")
 
 

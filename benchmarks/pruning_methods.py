@@ -25,6 +25,7 @@ from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import FILE, HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.target import TargetConfig
 from pruning_shapes import Family, Target
+from pruning_table import CLOSED_FORMS, DEFAULT, WITHOUT
 
 STEP_ROWS = 4
 
@@ -223,12 +224,24 @@ def compensated() -> Iterator[Method]:
     yield Method(name="ReplaceMe: angular + least squares", families=DEPTH, cut=replace)
     yield Method(name="Llamita, cut only", families=ALL, cut=ours(OFF), ours=True)
     yield Method(name="Llamita, norm product + closed forms", families=ALL, cut=ours(CLOSED, **NORM_PRODUCT), ours=True)
-    yield Method(name="Llamita, closed forms", families=ALL, cut=ours(CLOSED), ours=True)
+    yield Method(name=CLOSED_FORMS, families=ALL, cut=ours(CLOSED), ours=True)
     whole = dataclasses.replace(CLOSED, prefix=Prefix.whole)
     yield Method(name="Llamita, closed forms, whole prefix", families=ALL, cut=ours(whole), ours=True)
     channels = ours(CLOSED, hidden=HiddenScore.activation)
     yield Method(name="Llamita, channels + closed forms", families=sliced(), cut=channels, ours=True)
-    yield Method(name="Llamita", families=ALL, cut=ours(CompensationConfig()), ours=True)
+    yield Method(name=DEFAULT, families=ALL, cut=ours(CompensationConfig()), ours=True)
+    parts: dict[str, Any] = {
+        "gains": False,
+        "readers": False,
+        "values": False,
+        "attention_steps": 0,
+        "writers": False,
+        "layer_steps": 0,
+        "head_steps": 0,
+    }
+    for part, off in parts.items():
+        lacking = ours(dataclasses.replace(CompensationConfig(), **{part: off}))
+        yield Method(name=f"{WITHOUT}{part}", families=frozenset({Family.llama}), cut=lacking, ours=True)
 
 
 def sliced() -> frozenset[Family]:

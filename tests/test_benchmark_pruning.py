@@ -26,6 +26,7 @@ import pruning_shapes
 import pruning_table
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints
+from llamita.prune.compensation import CompensationConfig
 from llamita.shapes import LlamaShape
 from pruning_shapes import Family
 
@@ -132,10 +133,9 @@ def test_what_is_measured_is_not_measured_again(subject: str, tmp_path: Path, mo
         ("random units", 0),
         ("random units", 1),
     ]
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "markdown.md").read_text()
     assert f"{rows[0]['loss']:.3f}" in table
     assert "±" in table
-    assert (tmp_path / "plot.png").stat().st_size
 
 
 @pytest.mark.slow
@@ -172,6 +172,41 @@ def test_the_lowest_loss_of_a_target_is_bold_and_seeds_become_a_spread() -> None
     lines = pruning_table.markdown(rows).splitlines()
     assert lines[2].endswith("| a | 3.000 ± 1.414 | 0.10 |")
     assert lines[3].endswith("| b | **2.500** | 0.10 |")
+
+
+def outcome(method: str, loss: float, *, ours: bool = False, **more: object) -> dict[str, object]:
+    common = {"model": "m", "family": "llama", "target": "1B", "share": 0.2, "whole": 1.0, "distilled": 0.0, "seed": 0}
+    return common | {"method": method, "loss": loss, "ours": ours, "seconds": 1.0} | more
+
+
+def test_the_summary_sets_the_default_against_the_best_criterion_and_leaves_training_out(tmp_path: Path) -> None:
+    rows = [
+        outcome("random start", 6.0),
+        outcome("magnitude", 5.0),
+        outcome("Minitron", 3.0),
+        outcome("OSSCAR: elimination + least squares", 2.5),
+        outcome("Llamita", 1.5, ours=True),
+        outcome("Llamita without values", 1.75, ours=True),
+        outcome("Llamita", 1.1, ours=True, distilled=0.05),
+        outcome("magnitude", 1.2, distilled=0.05),
+        outcome("magnitude", 4.0, target="3B"),
+    ]
+    (line,) = pruning_table.summary(rows).splitlines()[2:]
+    assert line == "| m (1.000) | as Llama 3.2, 1B | 6.000 | 3.000 (Minitron) | 2.500 |  | 1.500 | 0.25 |"
+    assert pruning_table.ablation(rows).splitlines()[2:4] == [
+        "| Llamita | 1.500 |",
+        "| Llamita without values | 1.750 |",
+    ]
+    pruning_table.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_every_part_of_mending_is_left_out_once() -> None:
+    switches = {field.name for field in dataclasses.fields(CompensationConfig)} - {"prefix", "ridge", "learning_rate"}
+    names = {method.name for method in pruning_methods.methods()}
+    assert {
+        name.removeprefix(pruning_table.WITHOUT) for name in names if name.startswith(pruning_table.WITHOUT)
+    } == switches
 
 
 def written(folder: Path) -> Path:

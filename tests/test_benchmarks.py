@@ -18,6 +18,7 @@ from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.further import Further
 from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
 from llamita.prune.target import Tie
+from llamita.shapes import LlamaShape
 
 
 def benchmark(name: str) -> ModuleType:
@@ -34,11 +35,11 @@ def prune_large(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, with stand-ins for what takes long."""
     module = benchmark("prune_large")
 
-    def make_model(path: Path) -> None:
+    def make_model(path: Path, layers: int) -> None:
         path.mkdir(parents=True)
         runs.write_json(path / "llamita.json", {"recipe": module.RECIPE})
 
-    def measure(scratch: Path, target: str, out: str, *overrides: str) -> dict[str, Any]:
+    def measure(scratch: Path, target: str, out: str, shape: LlamaShape, *overrides: str) -> dict[str, Any]:
         (scratch / out).mkdir(exist_ok=True)
         return {"target": target}
 
@@ -75,6 +76,12 @@ def test_only_what_was_made_is_removed(
     (scratch / "thesis.tex").unlink()
     start(prune_large, monkeypatch, str(scratch))
     assert not scratch.exists()
+
+
+def test_a_model_of_fewer_layers_keeps_the_share_of_llama_3_2(prune_large: ModuleType) -> None:
+    for target, published in prune_large.TARGETS.items():
+        assert prune_large.smaller(target, 32) == published
+    assert [prune_large.smaller("llama3.2_1b", layers).num_hidden_layers for layers in (2, 5)] == [1, 2]
 
 
 def test_every_axis_is_cut_by_every_choice_into_a_model_that_can_be_run(tmp_path: Path) -> None:
