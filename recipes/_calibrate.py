@@ -167,17 +167,21 @@ def score(
     if runs.is_main_process() and (folder / FILE).is_file():
         saved = Scores.load(folder).info
         same = {name: saved.get(name) for name in info} == info
+    partial = folder / "partial.safetensors"
     if agreed(same):
+        partial.unlink(missing_ok=True)
         return Scores.load(folder)
     if calibrated.path is not None:
         with watched("calibrate", weights.shape.num_hidden_layers, run) as watch:
             passes = how(calibrated, weights) | {"second_order": scores.second_order}
             log.info("scoring in %s on %s", passes["dtype"], passes["device"])
             passes["further"] = scores.further(weights.shape, target)
-            measured = importance.measure(weights, text, watch=watch, pad_id=pad_id(calibrated), info=info, **passes)
+            passes |= {"pad_id": pad_id(calibrated), "info": info, "partial": partial}
+            measured = importance.measure(weights, text, watch=watch, **passes)
     else:
         measured = importance.from_weights(weights, info=info)
     if runs.is_main_process():
         measured.save(folder)
+        partial.unlink(missing_ok=True)
     runs.crash_point("after_scores")
     return measured

@@ -10,8 +10,10 @@ H = query heads, K = KV heads, C = channels of whatever is looked at.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from llamita.prune import depth, obs
 from llamita.prune.basis import widened
 from llamita.prune.further import Further
+from llamita.prune.partial import Partial
 from llamita.prune.scores import FORMAT, Scores
 from llamita.prune.stream import Batch, Model, forward, loss_sum, mean, real_tokens, summed
 from llamita.shapes import LlamaShape
@@ -43,6 +46,7 @@ def measure(
     second_order: bool = False,
     further: Further | None = None,
     info: Mapping[str, Any] | None = None,
+    partial: Path | None = None,
     watch: Callable[[int], None] = lambda layer: None,
 ) -> Scores:
     """Run ``batches`` through ``model`` once and return the scores of all its units.
@@ -51,10 +55,11 @@ def measure(
     and all get the scores of all. The forward pass runs in ``dtype`` on ``device``; sums over tokens are float32
     (float64 for ``dtype=float64``) within a row and float64 over rows. ``second_order`` adds ``obs`` and ``leverage``,
     which hold two matrices of [F, F] in float64 on the device; ``further`` adds scores that cost passes of their own.
-    ``watch`` is told how many layers are done.
+    ``partial`` names a file for what is measured so far: a later call with the same ``info`` and settings goes through
+    the layers that it holds without measuring them again. ``watch`` is told how many layers are done.
 
     Raises:
-        ValueError: there is no token to measure on, or what is measured is not finite.
+        ValueError: there is no token to measure on, ``partial`` is damaged, or what is measured is not finite.
     """
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     masks = [real_tokens(batch, pad_id) for batch in batches]
@@ -64,35 +69,44 @@ def measure(
         raise ValueError("the calibration set holds no token that is not padding")
     shape = model.shape
     weights = _WeightScores(model)
-    layers: list[dict[str, Tensor]] = []
     embedding = model["model.embed_tokens.weight"]
     ends = [depth.last_tokens((embedding[batch["input_ids"].cpu()] for batch in batches), masks)]
     del embedding
-    stream_DD = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device)
+    extra = {"format": FORMAT, "tokens": num_tokens, "rows": num_rows, "dtype": str(dtype)}
+    so_far = Partial(
+        stream=torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device),
+        file=partial,
+        key=json.dumps([extra, second_order, dict(info or {})], sort_keys=True),
+    )
+    finished = so_far.read()
+    if finished:
+        log.info("%d of %d layers were measured before", finished, shape.num_hidden_layers)
 
     def visit(index: int, layer: LlamaDecoderLayer, outputs: Iterator[Tensor]) -> list[Tensor]:
-        kept = []
-        with _LayerStatistics(layer, shape, second_order=second_order) as statistics:
-            for mask, output in zip(masks, outputs, strict=True):
-                statistics.update(mask)
-                kept.append(output)
-        scores = statistics.scores(num_tokens)
-        stream_DD.add_(scores.pop("stream"))
-        layers.append(scores | weights.layer(dict(layer.named_parameters())))
+        magnitudes = weights.layer(dict(layer.named_parameters()))
+        if index < finished:
+            kept = list(outputs)
+        else:
+            kept = []
+            with _LayerStatistics(layer, shape, second_order=second_order) as statistics:
+                for mask, output in zip(masks, outputs, strict=True):
+                    statistics.update(mask)
+                    kept.append(output)
+            scores = statistics.scores(num_tokens)
+            so_far.add({name: scores[name] for name in scores if name != "stream"} | magnitudes, scores["stream"])
         ends.append(depth.last_tokens(kept, masks))
         watch(index + 1)
         return kept
 
     hidden = forward(model, batches, dtype=dtype, device=device, visit=visit)
-    tensors = {name: torch.stack([layer[name].cpu() for layer in layers]) for name in layers[0]}
+    tensors = {name: torch.stack([layer[name] for layer in so_far.layers]) for name in so_far.layers[0]}
     head_DD, epsilon = _final_statistics(model, hidden, masks, num_tokens, device)
     tensors["norm.energy"] = torch.cat([tensors["norm.energy"].flatten(0, 1), head_DD.diagonal()[None].cpu()])
     tensors["norm.epsilon"] = torch.cat([tensors["norm.epsilon"].flatten(), epsilon[None].cpu()])
     tensors["head.covariance"] = head_DD.float()
-    mean_DD = (stream_DD + head_DD) / len(tensors["norm.energy"])
+    mean_DD = (so_far.stream + head_DD) / len(tensors["norm.energy"])
     tensors["directions.vectors"], tensors["directions.energy"] = principal_directions(mean_DD)
     tensors["depth.angular"] = depth.angular(ends, device)
-    extra = {"format": FORMAT, "tokens": num_tokens, "rows": num_rows, "dtype": str(dtype)}
     loss = mean(loss_sum(model, hidden, batches, device), device)
     del hidden
     if further is not None:

@@ -316,6 +316,34 @@ def test_scores_survive_their_file_bit_for_bit(weights: checkpoints.Weights, tmp
         Scores.load(tmp_path / "elsewhere")
 
 
+def test_a_killed_pass_goes_on_behind_its_last_layer_with_the_same_scores(
+    weights: checkpoints.Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(info: str = "a", **more: Any) -> Scores:
+        return importance.measure(
+            weights, [text()], dtype=torch.float32, second_order=True, info={"source": info}, **more
+        )
+
+    def killed(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    file, entered = tmp_path / "pruning" / "partial.safetensors", []
+    whole = measured()
+    with pytest.raises(KeyboardInterrupt):
+        measured(partial=file, watch=killed)
+    enter = importance._LayerStatistics.__enter__
+    monkeypatch.setattr(importance._LayerStatistics, "__enter__", lambda self: entered.append(1) or enter(self))
+    again = measured(partial=file)
+    assert len(entered) == weights.shape.num_hidden_layers - 2
+    assert again.info == whole.info
+    assert again.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole.tensors)
+    entered.clear()
+    measured("b", partial=file)
+    assert len(entered) == weights.shape.num_hidden_layers
+
+
 def test_one_layer_is_read_at_a_time(weights: checkpoints.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a layer is asked for, no tensor of the one before is alive."""
     import weakref
