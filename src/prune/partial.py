@@ -1,0 +1,54 @@
+"""What a pass over the layers has measured so far, in a file, so that a killed pass goes on behind its last layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamita import checkpoints, runs
+from llamita.prune.stream import summed
+
+
+@dataclass(kw_only=True)
+class Partial:
+    """Scores of the layers that are done, and ``stream`` [D, D], the sum of what their norms saw."""
+
+    stream: Tensor
+    file: Path | None = None
+    """Replaced after each layer by the first process, read by all; ``None``: nothing is kept."""
+    key: str = ""
+    """Of model, text and settings: a file of another key is not used."""
+    layers: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def read(self) -> int:
+        """Take over what the file holds; returns how many layers that are, for all processes the same.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        usable = False
+        if self.file is not None and runs.is_main_process() and self.file.is_file():
+            usable = checkpoints.read_tensors(self.file)[1].get("key") == self.key
+        if not summed(torch.tensor(float(usable), device=self.stream.device)):
+            return 0
+        assert self.file is not None
+        tensors, metadata = checkpoints.read_tensors(self.file)
+        self.stream.copy_(tensors["stream"])
+        for index in range(int(metadata["layers"])):
+            prefix = f"{index}."
+            names = [name for name in tensors if name.startswith(prefix)]
+            self.layers.append({name.removeprefix(prefix): tensors[name] for name in names})
+        return len(self.layers)
+
+    def add(self, scores: dict[str, Tensor], stream_DD: Tensor) -> None:
+        """Take the next layer, and write it down."""
+        self.stream.add_(stream_DD)
+        self.layers.append({name: tensor.cpu().contiguous() for name, tensor in scores.items()})
+        if self.file is not None and runs.is_main_process():
+            tensors = {f"{i}.{name}": tensor for i, layer in enumerate(self.layers) for name, tensor in layer.items()}
+            tensors["stream"] = self.stream.cpu()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_tensors(self.file, tensors, {"key": self.key, "layers": str(len(self.layers))})
