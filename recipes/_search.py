@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from _calibrate import CalibrationConfig, calibration
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
 from llamita import checkpoints, checks, runs
@@ -43,6 +44,12 @@ class HeldOutConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"held_out.tokens must be at least 1, got {self.tokens}")
+
+
+def held_out(config: HeldOutConfig, calibrated: CalibrationConfig, weights: checkpoints.Weights) -> list[stream.Batch]:
+    """The rows that no score has seen."""
+    rows: list[stream.Batch] = calibration(replace(calibrated, split=config.split, tokens=config.tokens), weights)[0]
+    return rows
 
 
 @dataclass(kw_only=True)

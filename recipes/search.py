@@ -78,7 +78,7 @@ class Laboratory:
         smallest = _search.smallest(config.target, [*found, *alone.values()])
         self.scores = score(config.scores, smallest, config.calibration, weights, self.rows, parents, run)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
-        self.held_out = held_out(config, weights)
+        self.held_out = _search.held_out(config.held_out, config.calibration, weights)
 
     def loss(self, model: stream.Model) -> float:
         """Mean loss on the held-out rows, in nats per token."""
@@ -102,13 +102,6 @@ class Laboratory:
             return self.loss(model)
 
 
-def held_out(config: Search, weights: checkpoints.Weights) -> list[stream.Batch]:
-    """The rows that no score has seen."""
-    wanted = dataclasses.replace(config.calibration, split=config.held_out.split, tokens=config.held_out.tokens)
-    rows: list[stream.Batch] = calibration(wanted, weights)[0]
-    return rows
-
-
 def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     """The shapes of the grid within the budget, latency apart; finds every mistake before anything is written."""
     checks.refuse(checks.device_here("calibration.device", config.calibration.device))
@@ -118,7 +111,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     for shape in predict.alone(source, search.sizes(source, config.axes, config.target), config.target).values():
         check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
     calibration(config.calibration, weights)
-    if not held_out(config, weights):
+    if not _search.held_out(config.held_out, config.calibration, weights):
         raise ValueError(f"held_out.split={config.held_out.split} of calibration.path has no rows")
     assert config.calibration.path is not None
     _search.check(config.distill, config.model.path, config.calibration.path, config.out)
