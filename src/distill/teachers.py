@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.distill.losses import TeacherStates
+from llamita.distill.losses import Targets, TeacherStates
 
 Batch = Mapping[str, Tensor]
 
@@ -51,14 +51,18 @@ class Teacher(Protocol):
 
     name: str
     weight: float
+    is_sparse: bool
+    """Whether it gives sparse targets instead of hidden states and a head."""
 
-    def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
-        """Last hidden states ``[B, S, E]`` and head; every rank calls this equally often."""
+    def states(self, batch: Batch, mask: Tensor | None) -> Targets:
+        """Last hidden states ``[B, S, E]`` and head, or sparse targets; every rank calls this equally often."""
         ...
 
 
 class ResidentTeacher:
     """A teacher whose weights lie on this process's device, whole."""
+
+    is_sparse = False
 
     def __init__(self, name: str, model: LlamaForCausalLM, weight: float = 1.0) -> None:
         self.name = name
