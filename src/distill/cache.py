@@ -1,17 +1,17 @@
 """A store of one teacher's token distributions, few entries each, from which any number of students learn.
 
-``shards/<split>-NNNNN/`` holds a fixed range of the data's rows, whoever wrote it, and ``MANIFEST.json`` with the hashes
-of its files; it appears under its name whole or not at all. ``index.bin`` tells where each document slice lies, and
-``cache.json``, written last, what all of it was made from.
+``shards/<split>-NNNNN/`` holds a fixed range of the data's rows, whoever wrote it, and ``MANIFEST.json`` with the
+hashes of its files; it appears under its name whole or not at all. ``index.bin`` tells where each document slice lies,
+and ``cache.json``, written last, what all of it was made from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ MANIFEST, INDEX, IDENTITY, SHARDS = "cache.json", "index.bin", "identity.json", 
 MASK = "document"
 """Every document attends to itself only, at positions from 0: the one mask rule there is."""
 HASHED_BYTES = 64 * 2**30
-"""So much is hashed before a training run starts. Of a larger cache a sample is: each slice is checked as it is read."""
+"""As much is hashed before training starts; of a larger cache a sample is, and each slice is checked as it is read."""
 SAMPLED_SLICES = 64
 """Of each shard."""
 
@@ -35,7 +35,9 @@ SAMPLED_SLICES = 64
 class Rows(Protocol):
     """Packed rows of one split."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """How many."""
+        ...
 
     def rows(self, indices: NDArray[np.int64], /) -> Batch:
         """``input_ids``, ``labels`` and ``position_ids`` of these rows."""
@@ -73,27 +75,20 @@ class Identity:
         return cls(**values | {"sampler": Sampler(values["sampler"])})
 
 
-def summary(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """What a finished cache takes, in all and for each token that has something to predict."""
-    entries = manifest["shards"]
-    size = sum(file["bytes"] for entry in entries for name, file in entry["files"].items() if name.endswith(".bin"))
-    predicted = sum(entry["predicted"] for entry in entries)
-    stored = sum(entry["entries"] for entry in entries)
-    return {
-        "tokens": sum(entry["tokens"] for entry in entries),
-        "predicted": predicted,
-        "entries": stored,
-        "bytes": size,
-        "entries_per_token": stored / max(1, predicted),
-        "bytes_per_token": size / max(1, predicted),
-    }
+def check_same(where: str, found: Identity, wanted: Identity) -> None:
+    """Raise ``ValueError`` naming every part of two identities that differs."""
+    mine, theirs = asdict(wanted), asdict(found)
+    differ = [f"{name}: {theirs[name]} there, {mine[name]} now" for name in mine if mine[name] != theirs[name]]
+    if differ:
+        raise ValueError(f"{where} holds a cache of something else ({'; '.join(differ)}); choose another out")
 
 
 class Cache:
     """A finished cache, opened and checked."""
 
-    def __init__(self, path: Path) -> None:
-        """Open ``path``.
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """A cache that its run has finished.
 
         Raises:
             ValueError: it is not a finished cache, or a file is missing or cut short.
@@ -105,6 +100,14 @@ class Cache:
             hint = "of an unfinished run: finish that stage first" if unfinished else f"without {MANIFEST}"
             raise ValueError(f"cache={path} is a directory {hint}")
         runs.check_done(path)
+        return cls(path)
+
+    def __init__(self, path: Path) -> None:
+        """Open a directory that has a manifest.
+
+        Raises:
+            ValueError: a file is missing or cut short.
+        """
         self.path = path
         self.identity = Identity.read(path / MANIFEST)
         self.manifest = runs.read_mapping(path / MANIFEST)
@@ -121,6 +124,14 @@ class Cache:
     def content_hash(self) -> str:
         """One hash of everything in it, the same wherever it lies."""
         return runs.sha256(self.path / MANIFEST)
+
+    def summary(self) -> dict[str, float]:
+        """What it takes, in all and for each token that has something to predict."""
+        entries = self.manifest["shards"]
+        totals = {name: sum(e[name] for e in entries) for name in ("tokens", "predicted", "entries", "bytes")}
+        totals["bytes"] += self._index.nbytes
+        predicted = max(1, totals["predicted"])
+        return totals | {f"{name}_per_token": totals[name] / predicted for name in ("entries", "bytes")}
 
     def _folder(self, entry: Mapping[str, Any]) -> Path:
         name = str(entry["name"])
@@ -162,6 +173,8 @@ class Cache:
 
     def find(self, keys: list[bytes]) -> list[tuple[int, int] | None]:
         """Shard and slice of each key, ``None`` where there is none."""
+        if not keys:
+            return []
         halves = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
         first_D = np.searchsorted(self._index[0], halves[:, 0])
         return [self._exact(first, half) for first, half in zip(first_D.tolist(), halves, strict=True)]
@@ -183,24 +196,16 @@ class Cache:
         """
         found = list(cache_format.slices(batch))
         places = self.find([one.key for one in found])
-        lengths_BS = np.zeros(batch["labels"].shape, dtype=np.int64)
-        parts: list[tuple[NDArray[np.uint8], NDArray[np.uint16]]] = []
+        records = []
         for one, place in zip(found, places, strict=True):
             if place is None:
                 raise ValueError(
                     f"cache={self.path} has nothing for a document of {one.length} tokens (row {one.row} of a batch, "
                     f"from token {one.first}): the data was packed or masked in another way than what the teacher saw"
                 )
-            lengths, packed, values = self._reader(place[0]).read(place[1])
-            lengths_BS[one.row, one.first : one.first + one.length] = lengths
-            parts.append((packed, values))
-        ids_M, counts_M = cache_format.unpack(_joined([packed for packed, _ in parts], np.uint8))
-        values_M = counts_M.astype(np.float32) / np.float32(self.identity.samples_per_token)
-        if self.identity.sampler.stores_values:
-            exact = cache_format.from_bfloat16(_joined([values for _, values in parts], np.uint16))
-            values_M[counts_M == 0] = exact
-        arrays = {"ids": ids_M, "values": values_M, "lengths": lengths_BS}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            records.append((one, self._reader(place[0]).read(place[1])))
+        rows, length = batch["labels"].shape
+        return cache_format.targets((rows, length), records, self.identity.samples_per_token)
 
     def check_covers(self, splits: Mapping[str, Rows], data_hash: str) -> None:
         """Refuse data that the cache does not hold; other data than it was made from is read through once.
@@ -208,6 +213,9 @@ class Cache:
         Raises:
             ValueError: naming how many documents are missing.
         """
+        held = {entry["split"] for entry in self.manifest["shards"]}
+        if lacks := sorted(splits.keys() - held):
+            raise ValueError(f"cache={self.path} holds {', '.join(sorted(held))} and lacks the split {lacks[0]}")
         if data_hash == self.identity.data:
             return
         for name, rows in splits.items():
@@ -216,16 +224,12 @@ class Cache:
                 batch = rows.rows(np.arange(first, min(first + 64, len(rows))))
                 keys = [one.key for one in cache_format.slices(batch)]
                 total += len(keys)
-                lacking += sum(place is None for place in self.find(keys)) if keys else 0
+                lacking += self.find(keys).count(None)
             if lacking:
                 raise ValueError(
                     f"cache={self.path} was made from other data ({self.identity.data[:12]}, this is {data_hash[:12]}) "
                     f"and lacks {lacking} of {total} documents of its split {name}: cache this data"
                 )
-
-
-def _joined(parts: list[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
 def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], vocab_size: int) -> float:

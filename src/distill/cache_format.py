@@ -1,8 +1,8 @@
 """The bytes of a logit cache: entries of three bytes, the document slices they belong to, and the random numbers.
 
-A slice is one document, or piece of one, in a packed row. Its positions start at zero and it attends to itself only, so
-the teacher's distributions over it depend on nothing else in the row: they hold in any row, batch and order. Its key is a
-hash of its tokens and of which of them are supervised.
+A slice is one document, or piece of one, in a packed row. Its positions start at zero and it attends to itself only,
+so the teacher's distributions over it depend on nothing else in the row: they hold in any row, batch and order. Its
+key is a hash of its tokens and of which of them are supervised.
 
 A shard is a folder of ``entries.bin`` (three bytes each), ``values.bin`` (bfloat16, for entries of count 0),
 ``lengths.bin`` (one byte for each token position: how many entries it has) and ``slices.bin`` (the offsets table).
@@ -44,6 +44,8 @@ SLICE = np.dtype(
 """Where a slice begins in each of the other files, how many positions it has, and a CRC-32 of all its bytes."""
 Bytes = NDArray[np.uint8]
 Int = NDArray[np.int64]
+Record = tuple[Bytes, Bytes, NDArray[np.uint16]]
+"""What is stored of a slice: entries per position, the entries, and the values of those of count 0."""
 
 
 def check_fits(vocab_size: int, samples: int) -> None:
@@ -120,6 +122,20 @@ def uniforms(seed: int, key: bytes, length: int, number: int) -> NDArray[np.floa
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def targets(shape: tuple[int, int], records: list[tuple[Slice, Record]], samples: int) -> dict[str, Tensor]:
+    """``ids``, ``values`` and ``lengths`` as :class:`losses.SparseTargets` has them, of a batch of that shape."""
+    length_BS = np.zeros(shape, dtype=np.int64)
+    for one, (lengths, _, _) in records:
+        length_BS[one.row, one.first : one.first + one.length] = lengths
+    empty = np.zeros(0, dtype=np.uint8)
+    ids_M, counts_M = unpack(np.concatenate([empty, *(packed for _, (_, packed, _) in records)]))
+    values_M = counts_M.astype(np.float32) / np.float32(samples)
+    exact = np.concatenate([empty.astype(np.uint16), *(values for _, (_, _, values) in records)])
+    values_M[counts_M == 0] = from_bfloat16(exact)
+    arrays = {"ids": ids_M, "values": values_M, "lengths": length_BS}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 class ShardWriter:
     """Writes the files of a shard into a folder, slice after slice."""
 
@@ -129,9 +145,10 @@ class ShardWriter:
         self._table: list[tuple[Any, ...]] = []
         self.tokens = self.entries = self.values = self.predicted = 0
 
-    def add(self, key: bytes, lengths: Bytes, packed: Bytes, values: NDArray[np.uint16]) -> None:
-        """Append a slice: entries per position, the entries, and the values of those of count 0."""
-        check = _check(lengths, packed, values)
+    def add(self, key: bytes, record: Record) -> None:
+        """Append a slice."""
+        lengths, packed, values = record
+        check = _check(record)
         half = np.frombuffer(key, dtype="<u8")
         self._table.append((half, self.tokens, self.entries, self.values, len(lengths), check))
         self._files["entries"].write(packed.data)
@@ -148,8 +165,9 @@ class ShardWriter:
         self._files["slices"].write(np.array(self._table, dtype=SLICE).data)
         for file in self._files.values():
             file.close()
-        held = {"slices": len(self._table), "tokens": self.tokens, "entries": self.entries, "values": self.values}
-        runs.write_json(self._folder / "shard.json", held | {"predicted": self.predicted})
+        held = {name: getattr(self, name) for name in ("tokens", "predicted", "entries")}
+        held["bytes"] = sum((self._folder / f"{name}.bin").stat().st_size for name in self._files)
+        runs.write_json(self._folder / "shard.json", held)
         return held
 
 
@@ -158,8 +176,9 @@ def names(stores_values: bool) -> list[str]:
     return ["entries", "lengths", "slices", *(["values"] if stores_values else [])]
 
 
-def _check(lengths: Bytes, packed: Bytes, values: NDArray[np.uint16]) -> int:
-    return zlib.crc32(values, zlib.crc32(packed, zlib.crc32(lengths)))
+def _check(record: Record) -> int:
+    lengths, packed, values = record
+    return zlib.crc32(values.tobytes(), zlib.crc32(packed.tobytes(), zlib.crc32(lengths.tobytes())))
 
 
 class ShardReader:
@@ -172,8 +191,8 @@ class ShardReader:
         self._lengths = _map(folder / "lengths.bin", np.dtype(np.uint8))
         self._values = _map(folder / "values.bin", np.dtype("<u2")) if stores_values else np.zeros(0, dtype=np.uint16)
 
-    def read(self, index: int) -> tuple[Bytes, Bytes, NDArray[np.uint16]]:
-        """What :meth:`ShardWriter.add` was given for the slice.
+    def read(self, index: int) -> Record:
+        """What was stored of a slice.
 
         Raises:
             ValueError: it is not what was written.
@@ -186,7 +205,7 @@ class ShardReader:
         if len(self._values):
             is_exact = packed[ENTRY_BYTES - 1 :: ENTRY_BYTES] < 2 ** (ID_BITS - 16)
             values = self._values[value : value + int(np.count_nonzero(is_exact))]
-        if _check(lengths, packed, values) != int(entry["check"]):
+        if _check((lengths, packed, values)) != int(entry["check"]):
             raise ValueError(
                 f"{self._folder}: slice {index} is not what was written: the file was changed or its disk is failing; "
                 "copy it again, or remove this shard and DONE.json and run the recipe again"

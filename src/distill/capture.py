@@ -6,27 +6,28 @@ the same bytes.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llamita import checkpoints, runs
 from llamita.distill import cache_format, samplers
-from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Identity, Rows, distance
-from llamita.distill.cache_format import ENTRY_BYTES, Slice
+from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Identity, Rows, check_same, distance
+from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
 from llamita.distill.losses import TeacherStates, supervised
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
+from llamita.distill.teachers import Attention, Batch, ResidentTeacher, Teacher, document_mask
+from llamita.progress import Progress
 
-Record = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]
-"""Of a slice: entries per position, the entries, the values of those that have one of their own."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,10 @@ class CaptureConfig:
     worker: int = 0
     """Which of ``workers`` this is: each takes every ``workers``-th shard."""
     workers: int = 1
+    verify: int = 0
+    """Batches, drawn from all, that are computed again and compared; also on a cache that is finished."""
+    max_distance: float = 0.0
+    """Mean total variation by which ``verify`` may find the targets moved; another kind of device rounds otherwise."""
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -56,12 +61,16 @@ class CaptureConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.chunk_mebibytes is not None and self.chunk_mebibytes < 1:
             raise ValueError(f"chunk_mebibytes must be at least 1, got {self.chunk_mebibytes}")
+        if self.verify < 0:
+            raise ValueError(f"verify must be >= 0, got {self.verify}")
+        if not 0 <= self.max_distance <= 1:
+            raise ValueError(f"max_distance must be in 0..1, got {self.max_distance}")
         if not 0 <= self.worker < self.workers:
             raise ValueError(f"worker must be in 0..workers-1 = 0..{self.workers - 1}, got {self.worker}")
         cache_format.check_fits(1, self.samples_per_token)
 
 
-MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers")
+MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""
 
 
@@ -75,14 +84,6 @@ def claim(out: Path, identity: Identity) -> None:
     if not file.is_file():
         runs.write_json(file, asdict(identity))
     check_same(f"out={out}", Identity.read(file), identity)
-
-
-def check_same(where: str, found: Identity, wanted: Identity) -> None:
-    """Raise ``ValueError`` naming every part of two identities that differs."""
-    mine, theirs = asdict(wanted), asdict(found)
-    differ = [f"{name}: {theirs[name]} there, {mine[name]} now" for name in mine if mine[name] != theirs[name]]
-    if differ:
-        raise ValueError(f"{where} holds a cache of something else ({'; '.join(differ)}); choose another out")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,18 @@ class Capture:
     attention: Attention
     chunk_mebibytes: int
 
+    @classmethod
+    def load(
+        cls, path: Path, identity: Identity, device: torch.device, attention: Attention, chunk_mebibytes: int | None
+    ) -> Self:
+        """With the teacher in ``path``, in the dtype of the identity, on ``device``."""
+        dtype = checkpoints.dtype_named(identity.dtype)
+        teacher = ResidentTeacher.load("teacher", path, 1.0, dtype=dtype, device=device, attention=attention)
+        budget = chunk_mebibytes or (64 if device.type == "cpu" else 2048)
+        return cls(teacher, identity, device, attention, budget)
+
     def records(self, batch: Batch) -> Iterator[tuple[Slice, Record]]:
-        """Each slice of a batch with what :meth:`cache_format.ShardWriter.add` stores of it."""
+        """Each slice of a batch with what is stored of it."""
         identity = self.identity
         found = list(cache_format.slices(batch))
         if not found:
@@ -164,6 +175,11 @@ class Capture:
                 ),
             )
 
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """What the cache gives for a batch, computed now."""
+        rows, length = batch["labels"].shape
+        return cache_format.targets((rows, length), list(self.records(batch)), self.identity.samples_per_token)
+
     @torch.no_grad()
     def _states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
         """Hidden states of the supervised positions, ``[N, E]``."""
@@ -173,36 +189,55 @@ class Capture:
         assert isinstance(states, TeacherStates)
         return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], states.head)
 
-    def write(self, shard: Shard, batches: Iterator[Batch], out: Path) -> dict[str, int]:
-        """Publish a shard; returns how much it holds."""
+    def write(self, shard: Shard, batches: Iterable[Batch], out: Path) -> dict[str, int]:
+        """Publish a shard, which no other process may be writing; returns how much it holds."""
         final = out / SHARDS / shard.name
-        for stale in final.parent.glob(f".tmp-{shard.name}-*"):  # of a start that was killed; this one owns the shard
-            shutil.rmtree(stale)
+        for stale in [final, *final.parent.glob(f".tmp-{shard.name}-*")]:  # damaged, or left by a start that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         with checkpoints.publishing(final) as folder:
             writer = cache_format.ShardWriter(folder, stores_values=self.identity.sampler.stores_values)
             for batch in batches:
                 for one, stored in self.records(batch):
-                    writer.add(one.key, *stored)
+                    writer.add(one.key, stored)
                 runs.crash_point("mid_shard")
             return writer.close()
 
 
 def missing(out: Path, wanted: list[Shard]) -> list[Shard]:
-    """The shards that are not there whole; what is there and is not whole is removed.
+    """The shards that are not there, or not whole any more."""
+    return [shard for shard in wanted if checkpoints.check_manifest(out / SHARDS / shard.name) is not None]
 
-    A folder under its final name was whole once: what lacks something now was damaged by others.
+
+def capture_all(
+    teacher: Capture, wanted: Sequence[Shard], rows: Mapping[str, Rows], run: runs.Run, out: Path, *, batch_rows: int
+) -> None:
+    """Publish these shards in ``out``, and log speed and size of each.
+
+    Raises:
+        Stopped: ``run`` was asked to stop, or whatever is at work in ``out``; shards that are whole stay.
     """
-    lacking = []
-    for shard in wanted:
-        folder = out / SHARDS / shard.name
-        if checkpoints.check_manifest(folder) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            lacking.append(shard)
-    return lacking
+    signals = (run.stop, runs.StopSignal(out))
+    total = sum(-(-(shard.last - shard.first) // batch_rows) for shard in wanted)
+    with Progress("cache", total) as progress:
+        for number, shard in enumerate(wanted, 1):
+            begin = time.perf_counter()
+            batches = progress.count(shard.batches(rows[shard.split], batch_rows), note=shard.name)
+            held = teacher.write(shard, _until_stopped(batches, signals, out), out)
+            predicted, seconds = max(1, held["predicted"]), time.perf_counter() - begin
+            speed = {"cache/tokens_per_s": held["tokens"] / seconds, "cache/tokens": held["tokens"]}
+            size = {f"cache/{name}_per_token": held[name] / predicted for name in ("entries", "bytes")}
+            run.log(speed | size, step=number)
 
 
-def finish(out: Path, identity: Identity, wanted: list[Shard]) -> dict[str, Any]:
-    """Write index and manifest of a cache whose shards are all there; returns the manifest."""
+def _until_stopped(batches: Iterator[Batch], signals: Sequence[runs.StopSignal], out: Path) -> Iterator[Batch]:
+    for batch in batches:
+        if any(signal.is_set() for signal in signals):
+            raise runs.Stopped(f"stopped in {out}: the shards that are whole stay; start it again to go on")
+        yield batch
+
+
+def finish(out: Path, identity: Identity, wanted: list[Shard]) -> list[str]:
+    """Write index and manifest of a cache whose shards are all there; returns the names of its files."""
     folders = [out / SHARDS / shard.name for shard in wanted]
     tables = [
         cache_format.ShardReader(folder, stores_values=identity.sampler.stores_values).slices for folder in folders
@@ -220,20 +255,33 @@ def finish(out: Path, identity: Identity, wanted: list[Shard]) -> dict[str, Any]
     ]
     manifest = {**asdict(identity), "index": runs.sha256(out / INDEX), "shards": entries}
     runs.write_json(out / MANIFEST, manifest)
-    return manifest
+    return [MANIFEST, INDEX, IDENTITY]
 
 
-def verify(cache: Cache, capture: Capture, rows: Mapping[str, Rows], *, batches: int, batch_rows: int) -> float:
-    """Compute some batches again and return how far what is stored lies from that, see :func:`cache.distance`.
+def verify(
+    cache: Cache, capture: Capture, rows: Mapping[str, Rows], *, batches: int, batch_rows: int, allowed: float
+) -> float:
+    """Compute some batches again, and return how far what is stored lies from that, see :func:`cache.distance`.
 
     The batches are those of the capture, of the same rows together: so on the same machine, even rounding is the same.
+
+    Raises:
+        ValueError: further than ``allowed``.
     """
-    every = [(shard, first) for shard in shards({name: len(split) for name, split in rows.items()},
-             cache.identity.rows_per_shard) for first in range(shard.first, shard.last, batch_rows)]
+    planned = shards({name: len(split) for name, split in rows.items()}, cache.identity.rows_per_shard)
+    every = [(shard, first) for shard in planned for first in range(shard.first, shard.last, batch_rows)]
     chosen = np.random.default_rng(cache.identity.seed).permutation(len(every))[:batches]
     distances = []
     for place in sorted(chosen.tolist()):
         shard, first = every[place]
         batch = rows[shard.split].rows(np.arange(first, min(first + batch_rows, shard.last)))
         distances.append(distance(cache.lookup(batch), capture.targets(batch), cache.identity.vocab_size))
-    return float(np.mean(distances))
+    found = float(np.mean(distances))
+    log.info("%s: %d batches computed again differ by %.3g", cache.path, len(chosen), found)
+    if found > allowed:
+        raise ValueError(
+            f"cache={cache.path}: {len(chosen)} batches computed again differ by {found:.3g} (mean total variation) "
+            f"from what is stored, max_distance={allowed} is allowed: another batch_rows, device or library rounds in "
+            "another way; more than a few percent mean that the cache is of something else"
+        )
+    return found

@@ -30,7 +30,7 @@ class Sampler(StrEnum):
     """J ids at which the running sum of p crosses (u + j) / J, one u for all j; the value is count / J. Unbiased, of
     variance sum f (1 - f) / J^2 with f = frac(J p): every count is J p rounded up or down."""
     random = "random"
-    """J independent draws (Random Sampling KD, arXiv:2503.16870); count / J. Unbiased, of variance (1 - sum p^2) / J."""
+    """J independent draws (Random Sampling KD, arXiv:2503.16870); count / J. Unbiased, variance (1 - sum p^2) / J."""
     threshold = "threshold"
     """Every p >= 1/J itself in bfloat16, the others with probability J p and the value 1/J. Unbiased, of variance sum
     over the others of p (1/J - p). Values sum to one on average only."""
@@ -69,9 +69,7 @@ class Draws:
     """``[C]``, int64: entries of each position, at least one."""
 
 
-def draw(
-    logits_CV: Tensor, sampler: Sampler, samples: int, uniform_CK: Tensor, *, temperature: float = 1.0
-) -> Draws:
+def draw(logits_CV: Tensor, sampler: Sampler, samples: int, uniform_CK: Tensor, *, temperature: float = 1.0) -> Draws:
     """Entries for each row of ``logits``, by uniform numbers in 0..1 that the caller chose.
 
     Raises:

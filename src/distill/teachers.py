@@ -35,15 +35,20 @@ class Attention(StrEnum):
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """A model directory to learn from."""
+    """A model to learn from: run beside the student, or read from a cache that was made of it before."""
 
-    path: Path
+    path: Path | None = None
+    """Its directory; beside ``cache``, the teacher that the cache must be of."""
+    cache: Path | None = None
+    """A directory of ``recipes/cache.py``; the teacher itself is not run then."""
     weight: float = 1.0
     """Its share in the mixture; shares are divided by their sum."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
+        if self.path is None and self.cache is None:
+            raise ValueError("teachers.<name> needs path, or cache, or both, got neither")
 
 
 class Teacher(Protocol):
