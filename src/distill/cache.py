@@ -161,15 +161,19 @@ class Cache:
             list(pool.map(check, range(len(entries))))
 
     def _hash_shard(self, shard: int) -> None:
-        entry = self.manifest["shards"][shard]
-        for name, file in entry["files"].items():
-            if runs.sha256(self._folder(entry) / name) != file["sha256"]:
-                raise ValueError(f"{self._folder(entry) / name} is not what was written: damaged cache")
+        for name in self.manifest["shards"][shard]["files"]:
+            self._hash_file(shard, name)
 
     def _sample_shard(self, shard: int) -> None:
+        self._hash_file(shard, "slices.bin")
         reader = self._reader(shard)
         for index in np.linspace(0, len(reader.slices) - 1, min(SAMPLED_SLICES, len(reader.slices))).astype(int):
             reader.read(int(index))
+
+    def _hash_file(self, shard: int, name: str) -> None:
+        entry = self.manifest["shards"][shard]
+        if runs.sha256(self._folder(entry) / name) != entry["files"][name]["sha256"]:
+            raise ValueError(f"{self._folder(entry) / name} is not what was written: damaged cache")
 
     def find(self, keys: list[bytes]) -> list[tuple[int, int] | None]:
         """Shard and slice of each key, ``None`` where there is none."""
