@@ -10,6 +10,7 @@ from _main import command, exit_with, store  # isort: skip
 
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from transformers import LlamaConfig
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import engines, loop, losses, optim, state, student, teachers
+from llamita.distill import cached, engines, loop, losses, optim, state, student, teachers
+from llamita.distill.cache import Cache
 from llamita.evaluate import token_bytes
 
 
@@ -70,11 +72,11 @@ def run(config: Distill) -> None:
 def models(config: Distill) -> dict[str, Path]:
     """The model directories that the run reads, by name."""
     found = {"student": config.student.path} if config.student.path else {}
-    return found | {name: teacher.path for name, teacher in config.teachers.items()}
+    return found | {name: teacher.path for name, teacher in config.teachers.items() if teacher.path}
 
 
-def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
-    """The data and the student's configuration; no weight is read.
+def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
+    """The data, the student's configuration, and the caches among the teachers; no weight is read.
 
     Raises:
         ValueError: data, student and teachers do not go together.
@@ -91,9 +93,14 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
         raise ValueError("teachers.student: a teacher must not have the name of the student")
     for name, path in models(config).items():
         teachers.check_model(name, path, data.sequence_length)
+    caches = cached.open_all(config.teachers, config.loss, data.tokenizer_hash)
+    stored = [(cache.identity, f"{name} ({cache.path})") for name, cache in caches.items()]
     teachers.check_vocabularies(
         teachers.Vocabulary(data.vocab_size, data.tokenizer_hash, f"data.path={config.data.path}"),
-        [teachers.Vocabulary.of_model(path, name) for name, path in models(config).items()],
+        [
+            *(teachers.Vocabulary.of_model(path, name) for name, path in models(config).items()),
+            *(teachers.Vocabulary(made.vocab_size, made.tokenizer, owner) for made, owner in stored),
+        ],
         student_size=None if config.student.path else data.vocab_size,
     )
     llama = student.llama_config(
@@ -103,15 +110,19 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
         sequence_length=data.sequence_length,
     )
     config.micro_batches(engines.world_size())
-    return data, llama
+    return data, llama, caches
 
 
 def train(config: Distill, this: runs.Run) -> None:
     """The run itself: load, train, publish."""
-    data, llama = check(config)
+    data, llama, caches = check(config)
     accelerator = engines.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
     main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
     parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
+    names = ["train", "validation"] if config.validation_rows else ["train"]
+    if main:
+        cached.check_content(caches, parents, {name: data.split(name) for name in names}, data.content_hash)
+    stored = cached.teachers_of(caches, config.teachers)
     model = student.load(
         config.student,
         llama,
@@ -122,23 +133,19 @@ def train(config: Distill, this: runs.Run) -> None:
     )
     engine = engines.build(accelerator, model, config.loss, config.optim, config)
     split = data.split("train")
+    source = loader.Loader(
+        split,
+        seed=config.run.seed,
+        global_batch_rows=config.global_batch_rows,
+        micro_batch_rows=config.micro_batch_rows,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
-        teachers=[
-            teachers.ResidentTeacher.load(
-                name, t.path, t.weight, dtype=dtype, device=accelerator.device, attention=config.attention
-            )
-            for name, t in config.teachers.items()
-        ],
-        source=loader.Loader(
-            split,
-            seed=config.run.seed,
-            global_batch_rows=config.global_batch_rows,
-            micro_batch_rows=config.micro_batch_rows,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        ),
+        teachers=[*run_beside(config, dtype, accelerator.device), *stored],
+        source=cached.CachedSource(source, stored) if stored else source,
         config=config,
         optim=config.optim,
         run=this,
@@ -149,17 +156,27 @@ def train(config: Distill, this: runs.Run) -> None:
     metrics = job.train()
     hashes = parents | {"data": data.content_hash}
     paths = {**models(config), "data": config.data.path}
+    paths |= {key: cache.path for name, cache in caches.items() for key in (name, f"{name}/cache")}
     provenance = {
         "recipe": "distill",
         "parents": {name: {"path": str(paths[name]), "sha256": sha256} for name, sha256 in hashes.items()},
         "settings": this.settings,
         "metrics": metrics,
     }
-    source = config.student.path or data.tokenizer_path
-    files = student.publish(engine, llama, this.path, main=main, source=source, dtype=dtype, provenance=provenance)
+    origin = config.student.path or data.tokenizer_path
+    files = student.publish(engine, llama, this.path, main=main, source=origin, dtype=dtype, provenance=provenance)
     this.finish(files, parents=hashes, summary=metrics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def run_beside(config: Distill, dtype: torch.dtype, device: torch.device) -> Iterator[teachers.Teacher]:
+    """The teachers that have no cache."""
+    for name, teacher in config.teachers.items():
+        if teacher.cache is None and teacher.path is not None:
+            yield teachers.ResidentTeacher.load(
+                name, teacher.path, teacher.weight, dtype=dtype, device=device, attention=config.attention
+            )
 
 
 def held_out(config: Distill, data: PackedData) -> loop.Validation:

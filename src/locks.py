@@ -21,6 +21,10 @@ STALE_SECONDS = 300.0
 """A lock of another host that was not touched for this long is taken over."""
 
 
+class Owned(ValueError):  # noqa: N818
+    """Another live process owns the directory; whoever shares it with others may wait."""
+
+
 class Lock:
     """One process at a time owns a run directory.
 
@@ -39,7 +43,7 @@ class Lock:
         """Own the directory.
 
         Raises:
-            ValueError: another live run owns it.
+            Owned: another live run owns it.
         """
         self._text = json.dumps(self._mine())
         for _ in range(3):
@@ -58,7 +62,7 @@ class Lock:
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return
-        raise ValueError(f"out={self._file.parent} is being taken by another run; choose another out")
+        raise Owned(f"out={self._file.parent} is being taken by another run; choose another out")
 
     def _take_over(self, owner: Mapping[str, Any]) -> None:
         """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
@@ -89,7 +93,7 @@ class Lock:
         """Who left the lock and is gone; ``None`` where there is no lock.
 
         Raises:
-            ValueError: the owner is alive.
+            Owned: the owner is alive.
         """
         mine = self._mine()
         try:
@@ -105,7 +109,7 @@ class Lock:
         silent = age > STALE_SECONDS and not (same_host and owner.get("started") is not None)
         if dead or (earlier and not same_host) or silent:
             return owner
-        raise ValueError(
+        raise Owned(
             f"out={self._file.parent} is owned by another run: process {owner.get('pid')} on {owner.get('host')}; "
             "wait for it, stop it, or choose another out"
         )

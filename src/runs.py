@@ -462,6 +462,30 @@ def start(
 
 
 @contextmanager
+def start_when_free(
+    path: Path,
+    recipe: str,
+    settings: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    may_change: Collection[str] = (),
+    seconds: float,
+) -> Iterator[Run]:
+    """As :func:`start`, for a directory that several processes share in turns: waits while another one owns it."""
+    deadline = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                run = stack.enter_context(start(path, recipe, settings, config, may_change=may_change))
+                break
+            except locks.Owned:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield run
+
+
+@contextmanager
 def owned(path: Path, *, marker: str) -> Iterator[None]:
     """Own a directory that is no stage's own: one that has the file ``marker``, or an empty or new one.
 

@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
 from llamita.distill import optim
-from llamita.distill.losses import LossConfig, TeacherStates, distillation_loss
+from llamita.distill.losses import LossConfig, Targets, distillation_loss
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -208,7 +208,7 @@ class MicroBatch:
 
     batch: Batch
     mask: Tensor | None
-    teachers: list[TeacherStates]
+    teachers: list[Targets]
 
 
 class LossHead(nn.Linear):

@@ -157,7 +157,13 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run.path / "checkpoints", self.accelerator, keep=self.config.keep_checkpoints
         )
-        self._names = ["loss", *losses.statistics([teacher.name for teacher in self.teachers])]
+        self._names = [
+            "loss",
+            *losses.statistics(
+                [teacher.name for teacher in self.teachers],
+                sparse=[teacher.name for teacher in self.teachers if teacher.is_sparse],
+            ),
+        ]
         self._saved = -1
         self._interval: dict[str, float] = {}
         self._teacher_time = DeviceTime(self.accelerator.device)

@@ -12,35 +12,20 @@ V = vocabulary, H = hidden size of the student, E = of a teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from llamita.distill import divergences, sparse
+from llamita.distill.divergences import CE, KD, KL, Divergence, Objective
+from llamita.distill.sparse import Entries, SparseTargets, Stored
 
 IGNORE = -100
 """The label of a position where nothing is to be predicted, as everywhere in Hugging Face."""
-
-
-class Divergence(StrEnum):
-    """What is summed over tokens; p = teacher (mixture), q = student, both at the same temperature."""
-
-    forward_kl = "forward_kl"
-    """KL(p, q)."""
-    reverse_kl = "reverse_kl"
-    """KL(q, p)."""
-    jsd = "jsd"
-    """b KL(p, m) + (1 - b) KL(q, m) with m = b p + (1 - b) q."""
-    skew_forward_kl = "skew_forward_kl"
-    """KL(p, a p + (1 - a) q)."""
-    skew_reverse_kl = "skew_reverse_kl"
-    """KL(q, (1 - a) p + a q)."""
-    total_variation = "total_variation"
-    """Half the sum of abs(p - q)."""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +74,26 @@ class LossConfig:
                     f"{setting.default} to train on the data alone"
                 )
 
+    def check_sparse(self, teacher: str, temperature: float = 1.0) -> None:
+        """Refuse what cannot be learnt from sparse targets that were taken at ``temperature``.
+
+        Only the gradient of the forward KL is linear in p, so that unbiased estimates of p make it unbiased; and
+        estimates of p at one temperature say nothing about another.
+
+        Raises:
+            ValueError: naming the setting and the teacher.
+        """
+        if self.divergence is not Divergence.forward_kl:
+            raise ValueError(
+                f"loss.divergence={self.divergence} needs whole distributions, and teacher {teacher} has sparse "
+                "targets: use forward_kl, or the teacher itself"
+            )
+        if self.temperature != temperature:
+            raise ValueError(
+                f"loss.temperature={self.temperature} is not the temperature {temperature} at which the targets of "
+                f"teacher {teacher} were taken: set loss.temperature={temperature}, or make another cache"
+            )
+
 
 @dataclass(frozen=True)
 class TeacherStates:
@@ -102,11 +107,23 @@ class TeacherStates:
     """Share in the mixture of teachers; shares are divided by their sum."""
 
 
-def statistics(teachers: Sequence[str]) -> list[str]:
-    """Names of the sums that :func:`distillation_loss` returns beside the loss, for teachers of these names."""
+Targets = TeacherStates | SparseTargets
+"""What a teacher says about one micro-batch."""
+
+
+def statistics(teachers: Sequence[str], sparse: Collection[str] = ()) -> list[str]:
+    """Names of the sums that :func:`distillation_loss` returns beside the loss, for teachers of these names.
+
+    ``sparse`` are those of them that give :class:`SparseTargets`. Such a teacher has no KL that could be measured:
+    the value of its loss, a part of ``kd``, is biased, because it contains the entropy of the stored entries. In place
+    of ``kl_<name>`` it has ``soft_ce_<name>``, minus the sum of t log q, which is unbiased. Entropy and best token of
+    a mixture with such a teacher are unknown.
+    """
     if not teachers:
         return ["ce", "student_entropy"]
-    return ["ce", "student_entropy", "kd", "teacher_entropy", "top1_agree", *(f"kl_{name}" for name in teachers)]
+    whole = [] if sparse else ["teacher_entropy", "top1_agree"]
+    each = [f"soft_ce_{name}" if name in sparse else f"kl_{name}" for name in teachers]
+    return ["ce", "student_entropy", "kd", *whole, *each]
 
 
 def supervised(labels_BS: Tensor) -> Tensor:
@@ -118,7 +135,7 @@ def distillation_loss(
     hidden_BSH: Tensor,
     head_VH: Tensor,
     labels_BS: Tensor,
-    teachers: Sequence[TeacherStates],
+    teachers: Sequence[Targets],
     config: LossConfig,
     *,
     compute_dtype: torch.dtype | None = None,
@@ -131,13 +148,12 @@ def distillation_loss(
     mixture of their probabilities; for the forward KL the gradient is then that of the weighted sum of divergences.
     Entropies, agreement and the KL to each teacher are zeros without ``measure``. Nothing is divided by a count: only
     the caller knows how many tokens the whole optimiser step holds.
+
+    Raises:
+        ValueError: there are sparse targets, and the divergence is not the forward KL or a label has none.
     """
     picked_BS = supervised(labels_BS)
-    total = sum(teacher.weight for teacher in teachers)
-    chosen = [
-        TeacherStates(teacher.hidden[:, :-1][picked_BS], teacher.head, teacher.weight / total) for teacher in teachers
-    ]
-    job = _Job(labels_BS[:, 1:][picked_BS], chosen, config, compute_dtype or head_VH.dtype, measure)
+    job = _Job.of(labels_BS, picked_BS, teachers, config, compute_dtype or head_VH.dtype, measure)
     loss, sums = _FusedLoss.apply(hidden_BSH[:, :-1][picked_BS], head_VH, job)  # type: ignore[no-untyped-call]
     return loss, sums
 
@@ -147,16 +163,77 @@ class _Job:
     """What the loss needs besides the two tensors that it is differentiated by."""
 
     labels: Tensor
-    teachers: list[TeacherStates]
-    config: LossConfig
+    dense: list[TeacherStates]
+    """Teachers that give hidden states, here ``[N, E]``."""
+    entries: list[Entries]
+    """Those of each teacher that gives sparse targets."""
+    entry_shares: list[float]
+    is_sparse: list[bool]
+    """For each teacher in the order in which they were given."""
+    objective: Objective
     compute_dtype: torch.dtype
-    measure: bool
+    chunk_mebibytes: int | None
 
-    def chunk_rows(self, vocabulary: int, device: torch.device, element_bytes: int) -> int:
-        """Rows whose logits, log-probabilities and gradients fit the byte budget."""
-        mebibytes = self.config.chunk_mebibytes or (8 if device.type == "cpu" else 1024)
-        buffers = 6 + 2 * len(self.teachers)
-        return max(1, mebibytes * 2**20 // (buffers * vocabulary * element_bytes))
+    @classmethod
+    def of(
+        cls,
+        labels_BS: Tensor,
+        picked_BS: Tensor,
+        teachers: Sequence[Targets],
+        config: LossConfig,
+        compute_dtype: torch.dtype,
+        measure: bool,
+    ) -> _Job:
+        """Pick the supervised positions of everything, and divide the weights by their sum."""
+        total = sum(teacher.weight for teacher in teachers)
+        dense = [
+            TeacherStates(teacher.hidden[:, :-1][picked_BS], teacher.head, teacher.weight / total)
+            for teacher in teachers
+            if isinstance(teacher, TeacherStates)
+        ]
+        stored = [teacher for teacher in teachers if isinstance(teacher, SparseTargets)]
+        if stored:
+            config.check_sparse("targets", config.temperature)
+        objective = Objective(
+            divergence=config.divergence,
+            temperature=config.temperature if teachers else 1.0,
+            ce_weight=config.ce_weight if teachers else 1.0,
+            jsd_beta=config.jsd_beta,
+            skew=config.skew,
+            shares=tuple(teacher.weight for teacher in dense),
+            has_teacher=bool(teachers),
+            measure=measure,
+        )
+        return cls(
+            labels_BS[:, 1:][picked_BS],
+            dense,
+            [sparse.pick(teacher, picked_BS) for teacher in stored],
+            [teacher.weight / total for teacher in stored],
+            [isinstance(teacher, SparseTargets) for teacher in teachers],
+            objective,
+            compute_dtype,
+            config.chunk_mebibytes,
+        )
+
+    def chunk_rows(self, vocabulary: int, device: torch.device, element_bytes: int) -> tuple[int, int]:
+        """Rows whose logits fit the byte budget, and how many of them to work on at once.
+
+        What the work needs on the way takes at most half of the budget, and on a CPU stays small enough for a cache.
+        """
+        on_cpu = device.type == "cpu"
+        budget = (self.chunk_mebibytes or (64 if on_cpu else 1024)) * 2**20
+        row = vocabulary * element_bytes
+        scratch = (divergences.SCRATCH_BUFFERS + 2 * len(self.dense)) * row
+        rows_at_once = max(1, min(budget // 2, 2**23 if on_cpu else budget) // scratch)
+        return max(1, (budget - rows_at_once * scratch) // ((1 + len(self.dense)) * row)), rows_at_once
+
+    def select(self, sums: Tensor, soft_ce: Tensor) -> Tensor:
+        """The sums that :func:`statistics` names, in its order."""
+        if not self.is_sparse:
+            return sums[: CE + 2]
+        whole = sums[: KD + 1] if self.entries else sums[:KL]
+        kls, soft = iter(sums[KL:]), iter(soft_ce)
+        return torch.cat([whole, *(next(soft if is_sparse else kls)[None] for is_sparse in self.is_sparse)])
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -171,31 +248,44 @@ class _FusedLoss(torch.autograd.Function):
     def _forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(job.compute_dtype, torch.float32)
         head = head_VH.to(job.compute_dtype)
-        rows = job.chunk_rows(head_VH.shape[0], hidden_NH.device, exact.itemsize)
+        rows, rows_at_once = job.chunk_rows(head_VH.shape[0], hidden_NH.device, exact.itemsize)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
         grad_head = torch.zeros_like(head_VH, dtype=exact) if wants_head else None
-        loss = hidden_NH.new_zeros((), dtype=torch.promote_types(exact, torch.float64))
-        sums = loss.new_zeros(len(statistics(["one"] * len(job.teachers))))
-        for start in range(0, len(hidden_NH), rows):
+        sums = hidden_NH.new_zeros(KL + len(job.dense), dtype=torch.float64)
+        soft_ce = sums.new_zeros(len(job.entries))
+        stored = Stored.of(
+            job.entries, job.entry_shares, rows, len(hidden_NH), len(head), measure=job.objective.measure
+        )
+        for number, start in enumerate(range(0, len(hidden_NH), rows)):
             chunk = slice(start, start + rows)
-            hidden_CH = hidden_NH[chunk].to(job.compute_dtype)
-            teacher_logits = [project(t.hidden[chunk], t.head, exact) for t in job.teachers]
-            value, parts, slope_CV = _values_and_slope(
-                project(hidden_CH, head, exact), job.labels[chunk], teacher_logits, job, wants_hidden or wants_head
+            hidden_CH, labels_C = hidden_NH[chunk].to(job.compute_dtype), job.labels[chunk]
+            teachers_CV = [project(t.hidden[chunk], t.head, exact) for t in job.dense]
+            logits_CV = project(hidden_CH, head, exact)
+            slope_CV = logits_CV if wants_hidden or wants_head else None
+            taken = stored.take(number, logits_CV, teachers_CV)
+            found = divergences.evaluate(
+                logits_CV, teachers_CV, labels_C, job.objective, slope_CV, rows_at_once=rows_at_once
             )
-            loss += value
-            sums += parts
+            sums += found.sums
+            if taken is not None:
+                added, soft = taken.finish(found, labels_C, job.objective, slope_CV)
+                sums[KD] += added
+                soft_ce += soft
             if slope_CV is None:
                 continue
             if grad_hidden is not None:
                 grad_hidden[chunk] = _matmul(slope_CV, head, exact)
             if grad_head is not None:
                 _add_matmul(grad_head, slope_CV.T, hidden_CH)
+        sums[KD] *= job.objective.temperature**2
+        c = job.objective.ce_weight
+        loss = c * sums[CE] + (1 - c) * sums[KD]
         ctx.gradients = (grad_hidden, grad_head)
         ctx.dtype = head_VH.dtype
-        ctx.mark_non_differentiable(sums)
-        return loss.to(exact), sums
+        chosen = job.select(sums, soft_ce)
+        ctx.mark_non_differentiable(chosen)
+        return loss.to(exact), chosen
 
     @staticmethod
     @once_differentiable
@@ -233,105 +323,3 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
     else:
         total += _matmul(a, b, total.dtype)
-
-
-def _values_and_slope(
-    logits_CV: Tensor, labels_C: Tensor, teacher_logits: list[Tensor], job: _Job, wants_slope: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss of a chunk, its statistics, and d loss / d logits."""
-    config, teachers = job.config, job.teachers
-    temperature = config.temperature if teachers else 1.0
-    ce_weight = config.ce_weight if teachers else 1.0
-    log_q1 = functional.log_softmax(logits_CV, dim=-1)
-    index_C1 = labels_C[:, None]
-    ce = -log_q1.gather(1, index_C1).sum(dtype=torch.float64)
-    sums = torch.zeros(len(statistics(["one"] * len(teachers))), dtype=torch.float64, device=log_q1.device)
-    sums[0] = ce
-    value, slope, q1 = ce * ce_weight, None, None
-    if job.measure or (wants_slope and ce_weight > 0):
-        q1 = log_q1.exp()
-        sums[1] = -_dot(q1, log_q1) if job.measure else 0
-    if teachers:
-        log_q = log_q1 if temperature == 1 else _log_probabilities(logits_CV, temperature)
-        log_ps = [_log_probabilities(logits_CV, temperature) for logits_CV in teacher_logits]
-        log_p = _mixture(log_ps, [teacher.weight for teacher in teachers])
-        p = log_p.exp()
-        q = log_q.exp() if q1 is None or temperature != 1 else q1.clone()
-        kd, u = divergence(p, log_p, q, log_q, config)
-        sums[2] = kd * temperature**2
-        value = value + sums[2] * (1 - ce_weight)
-        if job.measure:
-            sums[3] = -_dot(p, log_p)
-            sums[4] = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-            for place, one in enumerate(log_ps):
-                sums[5 + place] = _dot(p if len(log_ps) == 1 else one.exp(), one - log_q)
-        if wants_slope and ce_weight < 1:
-            slope = _through_softmax(p, q, u).mul_(temperature * (1 - ce_weight))
-    if q1 is not None and wants_slope and ce_weight > 0:
-        q1.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=q1.dtype))
-        slope = q1.mul_(ce_weight) if slope is None else slope.add_(q1, alpha=ce_weight)
-    return value, sums, slope
-
-
-def _log_probabilities(logits_CV: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature); overwrites the logits."""
-    return functional.log_softmax(logits_CV if temperature == 1 else logits_CV.div_(temperature), dim=-1)
-
-
-def _mixture(log_ps: list[Tensor], weights: list[float]) -> Tensor:
-    """log of the weighted mean of probabilities."""
-    if len(log_ps) == 1:
-        return log_ps[0]
-    mixed = log_ps[0] + math.log(weights[0])
-    for log_p, weight in zip(log_ps[1:], weights[1:], strict=True):
-        mixed = torch.logaddexp(mixed, log_p + math.log(weight))
-    return mixed
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dtype=torch.float64)
-
-
-def divergence(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, config: LossConfig) -> tuple[Tensor, Tensor | None]:
-    """Sum over rows of the divergence of p and q, and its derivative u by q; ``None`` stands for the ratio -p / q.
-
-    The forms are those of Hinton et al. (2015, arXiv:1503.02531, section 2; forward KL), Gu et al. (2024,
-    arXiv:2306.08543; reverse KL), Agarwal et al. (2024, arXiv:2306.13649; generalised JSD), Ko et al. (2024,
-    arXiv:2402.03898; skewed KL) and Wen et al. (2023, arXiv:2307.15190; total variation). A constant in u does not
-    matter, because q sums to one.
-    """
-    match config.divergence:
-        case Divergence.forward_kl:
-            return _dot(p, log_p - log_q), None
-        case Divergence.reverse_kl:
-            u = log_q - log_p
-            return _dot(q, u), u
-        case Divergence.jsd:
-            beta = config.jsd_beta
-            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-            u = log_q - log_m
-            value = beta * _dot(p, log_p - log_m) + (1 - beta) * _dot(q, u)
-            return value, u.mul_(1 - beta)
-        case Divergence.skew_forward_kl:
-            u = log_p - _skewed(log_p, log_q, config.skew)
-            return _dot(p, u), u.exp_().mul_(config.skew - 1)
-        case Divergence.skew_reverse_kl:
-            u = log_q - _skewed(log_q, log_p, config.skew)
-            return _dot(q, u), u - config.skew * u.exp()
-        case Divergence.total_variation:
-            gap = q - p
-            return 0.5 * gap.abs().sum(dtype=torch.float64), gap.sign_().mul_(0.5)
-
-
-def _skewed(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
-    if share == 0:
-        return log_b
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-
-def _through_softmax(p: Tensor, q: Tensor, u: Tensor | None) -> Tensor:
-    """The derivative by the student's logits from the derivative ``u`` by q: q (u - sum q u); overwrites its input."""
-    if u is None:
-        return q.sub_(p)  # u = -p / q would divide by probabilities that may be zero
-    return u.sub_((q * u).sum(-1, keepdim=True)).mul_(q)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.distill.losses import TeacherStates
+from llamita.distill.losses import Targets, TeacherStates
 
 Batch = Mapping[str, Tensor]
 
@@ -35,15 +35,20 @@ class Attention(StrEnum):
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """A model directory to learn from."""
+    """A model to learn from: run beside the student, or read from a cache that was made of it before."""
 
-    path: Path
+    path: Path | None = None
+    """Its directory; beside ``cache``, the teacher that the cache must be of."""
+    cache: Path | None = None
+    """A directory of ``recipes/cache.py``; the teacher itself is not run then."""
     weight: float = 1.0
     """Its share in the mixture; shares are divided by their sum."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
+        if self.path is None and self.cache is None:
+            raise ValueError("teachers.<name> needs path, or cache, or both, got neither")
 
 
 class Teacher(Protocol):
@@ -51,14 +56,18 @@ class Teacher(Protocol):
 
     name: str
     weight: float
+    is_sparse: bool
+    """Whether it gives sparse targets instead of hidden states and a head."""
 
-    def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
-        """Last hidden states ``[B, S, E]`` and head; every rank calls this equally often."""
+    def states(self, batch: Batch, mask: Tensor | None) -> Targets:
+        """Last hidden states ``[B, S, E]`` and head, or sparse targets; every rank calls this equally often."""
         ...
 
 
 class ResidentTeacher:
     """A teacher whose weights lie on this process's device, whole."""
+
+    is_sparse = False
 
     def __init__(self, name: str, model: LlamaForCausalLM, weight: float = 1.0) -> None:
         self.name = name

@@ -283,7 +283,7 @@ def test_averages_that_were_not_measured_are_not_logged(tmp_path: Path) -> None:
 class Broken:
     """A teacher that says NaN for the micro-batches named."""
 
-    name, weight = "broken", 1.0
+    name, weight, is_sparse = "broken", 1.0, False
 
     def __init__(self, bad: set[int]) -> None:
         self.inner = ResidentTeacher("broken", toy.model(2, hidden=24, tied=False))
