@@ -331,7 +331,7 @@ class Trainer:
         """Go on from the newest good checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of other parents, of other data, or of a number of processes that cannot load it.
+            ValueError: it is of other parents, other parameters or other data.
         """
         found = self.checkpoints.newest()
         if found is None:
@@ -340,12 +340,6 @@ class Trainer:
         other = self.accelerator.is_main_process and state["parents"] != dict(self.parents)
         if agree_sum(self.accelerator, other):
             raise ValueError(f"{folder} was trained from other weights than those that are there now: {self.parents}")
-        world = self.accelerator.num_processes
-        if self.engine.needs_same_world and state["world_size"] != world:
-            raise ValueError(
-                f"{folder} was written by {state['world_size']} DeepSpeed processes and can only be loaded by as many, "
-                f"got {world}"
-            )
         self.engine.load(folder)
         self.source.load_state_dict(state["data"])
         self.counters = Counters(**state["counters"])

@@ -7,8 +7,8 @@ Why neither a second DeepSpeed engine nor FSDP2: nothing is left to do for eithe
 no optimiser. DeepSpeed's ZeRO-3 is switched on by a configuration that holds for the whole process, so that the student
 would be built under the teacher's, and needs an optimiser's settings for a model without one; loading goes through
 it too. FSDP2 gathers in the same way as is done here, but loads into tensors of its own and leaves the order of its
-collectives beside the student's to its hooks. Here the bytes on each process, their origin in the file, and the order of
-the collectives are a few lines each, and the same on a CPU.
+collectives beside the student's to its hooks. Here the bytes on each process, their origin in the file, and the order
+of the collectives are a few lines each, and the same on a CPU.
 
 Memory per process for a 70B (80 layers of 855.7 million values, vocabulary 128,256, width 8,192) in bfloat16 over 8
 processes: pieces of layers and embedding 17.4 GB, head 2.1 GB, two buffers of the larger of embedding and layer 4.2 GB:
