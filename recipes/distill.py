@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import engines, loop, losses, optim, state, student, teachers
+from llamita.distill import engines, loop, losses, optim, placement, state, student, teachers
 from llamita.evaluate import token_bytes
 
 
@@ -80,6 +80,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
         ValueError: data, student and teachers do not go together.
     """
     engines.check_launch(config, config.deepspeed)
+    placement.check(config.teachers)
     data = PackedData.open(config.data.path)
     data.split("train")
     if config.validation_rows and not data.manifest["splits"].get("validation", {}).get("rows"):
@@ -122,15 +123,21 @@ def train(config: Distill, this: runs.Run) -> None:
     )
     engine = engines.build(accelerator, model, config.loss, config.optim, config)
     split = data.split("train")
+    given = [
+        placement.load(name, t, dtype=dtype, device=accelerator.device, attention=config.attention)
+        for name, t in config.teachers.items()
+    ]
+    rows = loader.Sequential(
+        data.split("validation") if config.validation_rows else split,
+        batch_rows=config.micro_batch_rows,
+        max_rows=placement.KL_ROWS,
+    )
+    placement.compare(given, config.teachers, rows, accelerator=accelerator, dtype=dtype, run=this)
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
-        teachers=[
-            teachers.ResidentTeacher.load(
-                name, t.path, t.weight, dtype=dtype, device=accelerator.device, attention=config.attention
-            )
-            for name, t in config.teachers.items()
-        ],
+        teachers=given,
+        shares={name: t.share for name, t in config.teachers.items()},
         source=loader.Loader(
             split,
             seed=config.run.seed,

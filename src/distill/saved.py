@@ -67,7 +67,7 @@ class Saved:
         found: dict[str, Any] = {}
         for file in files:
             try:
-                handle = safe_open(file, "pt")
+                handle: Any = safe_open(file, "pt")
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged or cut short: {error}") from error
             found |= dict.fromkeys(handle.keys(), handle)

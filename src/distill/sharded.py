@@ -117,7 +117,7 @@ def node_group() -> Any:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     size = local if 1 < local <= world and world % local == 0 else world
-    group, _ = dist.new_subgroups(group_size=size)
+    group, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
     return group
 
 

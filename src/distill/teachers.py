@@ -42,7 +42,7 @@ class Placement(StrEnum):
     """Spread over the processes of a node, gathered one layer at a time."""
 
 
-class Weights(StrEnum):
+class Storage(StrEnum):
     """What a teacher's layers are stored in; embedding, norms and head are never quantised."""
 
     full = "full"
@@ -62,7 +62,7 @@ class TeacherConfig:
     weight_end: float | None = None
     """Its share at the last step, reached on a straight line; unset: as ``weight``."""
     placement: Placement = Placement.resident
-    weights: Weights = Weights.full
+    weights: Storage = Storage.full
     max_kl: float = 0.1
     """Nats per token by which quantised weights may differ from the full ones; the run ends where they differ more."""
 
@@ -70,7 +70,7 @@ class TeacherConfig:
         for name, value in (("weight", self.weight), ("weight_end", self.weight_end), ("max_kl", self.max_kl)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"teachers.<name>.{name} must be > 0 and finite, got {value}")
-        if self.placement is Placement.zero3 and self.weights is not Weights.full:
+        if self.placement is Placement.zero3 and self.weights is not Storage.full:
             raise ValueError(
                 f"teachers.<name>.weights={self.weights} does not go with placement=zero3: spread weights are not "
                 "quantised; choose weights=full or placement=resident"

@@ -90,7 +90,7 @@ def write(engine: Any, parameters: Mapping[str, nn.Parameter], found: saved.Save
                 _set(parameter, moment, key)
 
 
-def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+def _set(parameter: Any, value: Tensor, key: str | None) -> None:
     """Put a whole float32 tensor where this process keeps its part of it: the weight, or the moment ``key``."""
     from deepspeed import utils
 

@@ -42,7 +42,7 @@ def launch(*arguments: str, processes: int = 2, **environment: str) -> subproces
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=520)
     assert process.returncode == 0, out + err
     return out
 

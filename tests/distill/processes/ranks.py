@@ -25,7 +25,7 @@ from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher, document_mask
 
 torch.set_num_threads(1)
-faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "280")), exit=True)
+faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "500")), exit=True)
 
 
 PLAIN = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": Attention.sdpa}
