@@ -63,6 +63,7 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "compile",
     "loss.chunk_mebibytes",
+    "deepspeed.stage",
 )
 """Settings that a restart may change: they move speed, memory and bookkeeping, not what is learnt. ``steps`` is not
 among them, because the learning rate depends on it."""

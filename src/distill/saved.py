@@ -8,7 +8,7 @@ any number of them, with another ZeRO stage or without, can read it. It holds no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,11 @@ class Saved:
         """A parameter, float32, on the CPU."""
         tensor: Tensor = self._weights[name].get_tensor(name)
         return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name, one at a time."""
+        for name in self._weights:
+            yield name, self.weight(name)
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """A parameter's moments; none where no step has been taken on it."""

@@ -24,7 +24,8 @@ SPREAD = ("zero0_spread", "zero1_spread", "zero2_spread", "zero3_spread")
 EXACT = ("ddp", "ddp_micro", *SPREAD, "zero1", "zero2", "zero3")
 EXACT += ("zero2_offload", "zero3_offload", "zero2_resume", "zero3_resume")
 PHASES = (*EXACT, *BFLOAT16, *NAN)
-PARTS = ("zero1_part", "zero2_part", "zero3_part", "zero1_bfloat16_part")
+PARTS = ("other_part", "zero1_part", "zero2_part", "zero3_part", "zero1_bfloat16_part")
+"""The first one is spread as stage 2, then by nothing, then as stage 3."""
 
 
 def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:

@@ -159,6 +159,8 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
         case "zero1_part" | "zero2_part" | "zero3_part" | "zero1_bfloat16_part":
             precision = Precision.bfloat16 if "bfloat16" in name else Precision.float32
             return part(out, int(name[4]), precision)
+        case "other_part":
+            return part(out, {2: 2, 4: 0}.get(AFTER, 3), Precision.float32)
         case "zero3_bfloat16":
             return curve(
                 out,
