@@ -10,7 +10,6 @@ from _main import command, exit_with, store  # isort: skip
 
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import LlamaConfig
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import cached, engines, loop, losses, optim, state, student, teachers
+from llamita.distill import cached, engines, loop, losses, optim, placement, state, student, teachers
 from llamita.distill.cache import Cache
 from llamita.evaluate import token_bytes
 
@@ -82,6 +81,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
         ValueError: data, student and teachers do not go together.
     """
     engines.check_launch(config, config.deepspeed)
+    placement.check(config.teachers)
     data = PackedData.open(config.data.path)
     data.split("train")
     if config.validation_rows and not data.manifest["splits"].get("validation", {}).get("rows"):
@@ -141,10 +141,18 @@ def train(config: Distill, this: runs.Run) -> None:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    beside = placement.load_all(config.teachers, dtype=dtype, device=accelerator.device, attention=config.attention)
+    rows = loader.Sequential(
+        data.split("validation") if config.validation_rows else split,
+        batch_rows=config.micro_batch_rows,
+        max_rows=placement.KL_ROWS,
+    )
+    placement.compare(beside, config.teachers, rows, accelerator=accelerator, dtype=dtype, run=this)
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
-        teachers=[*run_beside(config, dtype, accelerator.device), *stored],
+        teachers=[*beside, *stored],
+        shares={name: t.share for name, t in config.teachers.items()},
         source=cached.CachedSource(source, stored) if stored else source,
         config=config,
         optim=config.optim,
@@ -168,15 +176,6 @@ def train(config: Distill, this: runs.Run) -> None:
     this.finish(files, parents=hashes, summary=metrics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def run_beside(config: Distill, dtype: torch.dtype, device: torch.device) -> Iterator[teachers.Teacher]:
-    """The teachers that have no cache."""
-    for name, teacher in config.teachers.items():
-        if teacher.cache is None and teacher.path is not None:
-            yield teachers.ResidentTeacher.load(
-                name, teacher.path, teacher.weight, dtype=dtype, device=device, attention=config.attention
-            )
 
 
 def held_out(config: Distill, data: PackedData) -> loop.Validation:

@@ -194,6 +194,17 @@ def _tensor_files(path: Path) -> dict[str, str]:
     raise ValueError(f"{path} has no {SINGLE} and no {INDEX}{hint}")
 
 
+def meta_model(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device | str) -> LlamaForCausalLM:
+    """A Llama without memory for its weights, to be given them one by one; only its rotary frequencies are there."""
+    with torch.device("meta"):
+        model: LlamaForCausalLM = LlamaForCausalLM(config)
+        torch.nn.Module.to(model, dtype=dtype)
+    # Rotary frequencies are computed from the configuration, not stored: make them anew off the meta device.
+    rotary = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = torch.nn.Module.to(rotary, device)
+    return model
+
+
 def load_model(
     path: Path,
     *,
@@ -215,18 +226,12 @@ def load_model(
         raise ValueError(f"{path} is a token classifier of {config.num_labels} output rows, not a language model")
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    dtype = dtype or weights.dtype
-    with torch.device("meta"):
-        model: LlamaForCausalLM = LlamaForCausalLM(config)
-        torch.nn.Module.to(model, dtype=dtype)
-    tensors = {name: weights[name].to(device=device, dtype=dtype, copy=True) for name in weights.files}
+    model = meta_model(config, dtype=dtype or weights.dtype, device=device)
+    tensors = {name: weights[name].to(device=device, dtype=model.dtype, copy=True) for name in weights.files}
     if weights.shape.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
-    # Rotary frequencies are computed from the configuration, not stored: make them anew off the meta device.
-    rotary = type(model.model.rotary_emb)(config)
-    model.model.rotary_emb = torch.nn.Module.to(rotary, device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if (path / "generation_config.json").is_file():

@@ -280,9 +280,8 @@ def num_validations(training: Training) -> int:
 
 
 def checkpoint_bytes(training: Training) -> float:
-    """Bytes of one checkpoint: float32 weights and two moments; DeepSpeed writes the layers' own weights too."""
-    own = 0 if training.zero_stage == 0 else 2 if training.precision is Precision.bfloat16 else 4
-    return (12.0 + own) * training.student.num_parameters
+    """Bytes of one checkpoint: float32 weights and two moments."""
+    return 12.0 * training.student.num_parameters
 
 
 def training_disk(training: Training, *, saved_bytes_per_value: int) -> dict[str, float]:

@@ -7,7 +7,6 @@ reduced, and weights that ZeRO-3 spreads over ranks gathered.
 from __future__ import annotations
 
 import copy
-import errno
 import importlib.util
 import math
 import os
@@ -24,12 +23,10 @@ from typing import Any, Protocol, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, runs
-from llamita.distill import optim
+from llamita.distill import optim, saved, zero
 from llamita.distill.losses import LossConfig, Targets, distillation_loss
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
@@ -156,10 +153,10 @@ def new_accelerator(config: EngineConfig, deepspeed: DeepSpeedConfig, *, clip_no
     if on_cpu:
         _use_gloo_alone()
     micro_batches = config.micro_batches(world_size())
-    zero = {"stage": deepspeed.stage, **deepspeed.config.get("zero_optimization", {})}
+    spread = {"stage": deepspeed.stage, **deepspeed.config.get("zero_optimization", {})}
     half = config.precision.dtype(torch.device("cpu" if on_cpu else "cuda")) is torch.bfloat16
     settings = copy.deepcopy(deepspeed.config) | {
-        "zero_optimization": zero,
+        "zero_optimization": spread,
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": clip_norm,
@@ -254,8 +251,6 @@ class Student(nn.Module):
 class Engine(Protocol):
     """Takes optimiser steps on the student, and can save and load what they depend on."""
 
-    needs_same_world: bool
-    """Whether a checkpoint can only be loaded by as many ranks as wrote it."""
     checkpoint_bytes: int
     """What all ranks together write into a checkpoint, at most, without the names."""
 
@@ -323,8 +318,6 @@ def _poisoned(loss: Tensor, scale: float) -> Tensor:
 class Replicated:
     """Every rank holds the whole student; gradients are averaged by ``DistributedDataParallel``."""
 
-    needs_same_world = False
-
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers, 2.11 does not know the new name.
@@ -360,29 +353,18 @@ class Replicated:
     def save(self, folder: Path) -> list[str]:
         if not self.main:
             return []
-        checkpoints.save_tensors(dict(self.student.named_parameters()), folder / "weights.safetensors", {})
-        runs.crash_point("mid_checkpoint")
-        state = {
-            f"{name}/{key}": value
-            for name, parameter in self.student.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        checkpoints.save_tensors(state, folder / "optimizer.safetensors", {})
-        return ["weights.safetensors", "optimizer.safetensors"]
+        parameters = dict(self.student.named_parameters())
+        return saved.write(folder, parameters, {name: self.optimizer.state[p] for name, p in parameters.items()})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        with (
-            safe_open(folder / "weights.safetensors", "pt") as weights,
-            safe_open(folder / "optimizer.safetensors", "pt") as moments,
-        ):
-            stored = set(moments.keys())
-            for name, parameter in self.student.named_parameters():
-                parameter.copy_(weights.get_tensor(name))
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in stored]
-                self.optimizer.state[parameter] = {
-                    key: moments.get_tensor(f"{name}/{key}").to(parameter.device) for key in keys
-                }
+        found = saved.Saved(folder)
+        found.check([name for name, _ in self.student.named_parameters()])
+        for name, parameter in self.student.named_parameters():
+            parameter.copy_(found.weight(name))
+            # Copies: a mapped file can be neither written to nor removed on every system.
+            moments = {key: value.to(parameter.device, copy=True) for key, value in found.moments(name).items()}
+            self.optimizer.state[parameter] = moments
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.student.named_parameters():
@@ -392,12 +374,11 @@ class Replicated:
 class Sharded:
     """DeepSpeed ZeRO: optimiser states, gradients and weights are spread over ranks as its stage says."""
 
-    needs_same_world = True
-
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
         self.rank = accelerator.process_index
-        self.checkpoint_bytes = 4 * 4 * _numel(module)  # weights in the precision of the layers too
+        self.world = accelerator.num_processes
+        self.checkpoint_bytes = 3 * 4 * _numel(module)
         self.engine, _ = accelerator.prepare(module, optim.adamw(module, config))
         # The engine casts every buffer too, and rotary frequencies in bfloat16 are wrong from the third digit on.
         rotary = type(self.student.model.rotary_emb)(self.student.config)
@@ -422,22 +403,12 @@ class Sharded:
             return _with_loss(*self.engine(work, True))
 
     def save(self, folder: Path) -> list[str]:
-        try:
-            self.engine.save_checkpoint(str(folder), tag="deepspeed")
-        except RuntimeError as error:
-            # torch says no more than this of a write that the system refused.
-            if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
-                raise OSError(errno.ENOSPC, f"a checkpoint could not be written: {error}", str(folder)) from error
-            raise
-        runs.crash_point("mid_checkpoint")
-        # The few that DeepSpeed writes for all ranks have no rank in their names, and are left to the main one.
-        return sorted(str(p.relative_to(folder)) for p in folder.rglob(f"*zero_pp_rank_{self.rank}_mp_rank_*"))
+        # Every rank gathers every parameter, and keeps those that it writes: no rank fails before the last gather.
+        weights, moments = zero.read(self.engine, dict(self.student.named_parameters()), self.rank, self.world)
+        return saved.write(folder, weights, moments, part=self.rank)
 
     def load(self, folder: Path) -> None:
-        # DeepSpeed unpickles: only files whose hashes are those in this run's own manifest come here.
-        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise ValueError(f"DeepSpeed finds nothing to load in {folder}")
+        zero.write(self.engine, dict(self.student.named_parameters()), saved.Saved(folder))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -63,6 +63,7 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "compile",
     "loss.chunk_mebibytes",
+    "deepspeed.stage",
 )
 """Settings that a restart may change: they move speed, memory and bookkeeping, not what is learnt. ``steps`` is not
 among them, because the learning rate depends on it."""
@@ -149,6 +150,8 @@ class Trainer:
     rows_per_epoch: int | None = None
     parents: Mapping[str, str] = field(default_factory=dict)
     """Content hashes of student and teachers, on the main process: a restart with others is refused."""
+    shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
+    """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
     counters: Counters = field(default_factory=Counters)
     last: dict[str, float] = field(default_factory=dict)
     """The newest value of every metric that this start has logged."""
@@ -177,6 +180,7 @@ class Trainer:
         """
         self.resume()
         steps, counters = self.config.steps, self.counters
+        self._set_shares()
         if counters.step == 0:
             self.validate()
         batches = iter(self.source)
@@ -205,6 +209,7 @@ class Trainer:
         counters, device = self.counters, self.accelerator.device
         world = self.accelerator.num_processes
         counters.step += 1
+        self._set_shares()
         count = agree_sum(self.accelerator, sum(int(losses.supervised(b["labels"]).sum()) for b in micro_batches))
         batches = [{key: value.to(device, non_blocking=True) for key, value in b.items()} for b in micro_batches]
         measure = self._is_due(self.config.log_every)
@@ -231,6 +236,14 @@ class Trainer:
         self.last |= {name: value for name, value in averages.items() if measure or name.startswith("train/")}
         self.last |= {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped_steps": counters.skipped}
         return bool(stops > 0)
+
+    def _set_shares(self) -> None:
+        for teacher in self.teachers:
+            if teacher.name in self.shares:
+                teacher.weight = self.shares[teacher.name](self.counters.step, self.config.steps)
+        if len(self.teachers) > 1:
+            total = sum(teacher.weight for teacher in self.teachers)
+            self.last |= {f"kd/share_{teacher.name}": teacher.weight / total for teacher in self.teachers}
 
     def _prepare(self, batch: Batch) -> MicroBatch:
         """A micro-batch with its mask and what the teachers say to it."""
@@ -326,6 +339,7 @@ class Trainer:
             "counters": asdict(self.counters),
             "data": self.source.state_dict(),
             "world_size": self.accelerator.num_processes,
+            "dtype": str(self.config.precision.dtype(self.accelerator.device)).removeprefix("torch."),
             "parents": dict(self.parents),
             "last": _finite(self.last),
         }
@@ -337,7 +351,7 @@ class Trainer:
         """Go on from the newest good checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of other parents, of other data, or of a number of processes that cannot load it.
+            ValueError: it is of other parents, other parameters or other data.
         """
         found = self.checkpoints.newest()
         if found is None:
@@ -346,12 +360,6 @@ class Trainer:
         other = self.accelerator.is_main_process and state["parents"] != dict(self.parents)
         if agree_sum(self.accelerator, other):
             raise ValueError(f"{folder} was trained from other weights than those that are there now: {self.parents}")
-        world = self.accelerator.num_processes
-        if self.engine.needs_same_world and state["world_size"] != world:
-            raise ValueError(
-                f"{folder} was written by {state['world_size']} DeepSpeed processes and can only be loaded by as many, "
-                f"got {world}"
-            )
         self.engine.load(folder)
         self.source.load_state_dict(state["data"])
         self.counters = Counters(**state["counters"])

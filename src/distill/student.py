@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.distill.engines import Engine
 from llamita.distill.teachers import Attention
 from llamita.shapes import LlamaShape
 
@@ -142,8 +142,16 @@ def load(
     return model
 
 
+class Trained(Protocol):
+    """Whatever holds a student's weights: the engine of a run, or the files of a checkpoint."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their names in a Hugging Face file."""
+        ...
+
+
 def publish(
-    engine: Engine,
+    trained: Trained,
     config: LlamaConfig,
     out: Path,
     *,
@@ -165,7 +173,7 @@ def publish(
     config.dtype = dtype
     with ExitStack() as stack:
         writer = stack.enter_context(checkpoints.ModelWriter(out, config)) if main else None
-        for name, tensor in engine.tensors():
+        for name, tensor in trained.tensors():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} is not finite: the run has failed and publishes nothing")
             if writer is not None:

@@ -33,6 +33,25 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class Placement(StrEnum):
+    """Where a teacher's layers lie."""
+
+    resident = "resident"
+    """Whole on every process's device."""
+    zero3 = "zero3"
+    """Spread over the processes of a node, gathered one layer at a time."""
+
+
+class Storage(StrEnum):
+    """What a teacher's layers are stored in; embedding, norms and head are never quantised."""
+
+    full = "full"
+    """The precision of the student's layers."""
+    int8 = "int8"
+    nf4 = "nf4"
+    """Four bits; needs the package bitsandbytes."""
+
+
 @dataclass(kw_only=True)
 class TeacherConfig:
     """A model to learn from: run beside the student, or read from a cache that was made of it before."""
@@ -43,12 +62,29 @@ class TeacherConfig:
     """A directory of ``recipes/cache.py``; the teacher itself is not run then."""
     weight: float = 1.0
     """Its share in the mixture; shares are divided by their sum."""
+    weight_end: float | None = None
+    """Its share at the last step, reached on a straight line; unset: as ``weight``."""
+    placement: Placement = Placement.resident
+    weights: Storage = Storage.full
+    max_kl: float = 0.1
+    """Nats per token by which quantised weights may differ from the full ones; the run ends where they differ more."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"teachers.<name>.weight must be > 0 and finite, got {self.weight}")
+        for name, value in (("weight", self.weight), ("weight_end", self.weight_end), ("max_kl", self.max_kl)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"teachers.<name>.{name} must be > 0 and finite, got {value}")
         if self.path is None and self.cache is None:
             raise ValueError("teachers.<name> needs path, or cache, or both, got neither")
+        if self.placement is Placement.zero3 and self.weights is not Storage.full:
+            raise ValueError(
+                f"teachers.<name>.weights={self.weights} does not go with placement=zero3: spread weights are not "
+                "quantised; choose weights=full or placement=resident"
+            )
+
+    def share(self, step: int, steps: int) -> float:
+        """The undivided share at ``step`` of ``steps``."""
+        end = self.weight if self.weight_end is None else self.weight_end
+        return self.weight + (end - self.weight) * step / steps
 
 
 class Teacher(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -254,21 +253,16 @@ def test_other_parents_are_refused(whole: tuple[Path, str, dict[str, Tensor]], t
             job.train()
 
 
-def test_a_deepspeed_checkpoint_needs_as_many_processes(
+def test_a_checkpoint_of_other_parameters_is_refused(
     whole: tuple[Path, str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     again = tmp_path / "run"
     shutil.copytree(whole[0], again)
-    for folder in (again / "checkpoints").glob("step-*"):
-        state = runs.read_json(folder / "state.json")
-        runs.write_json(folder / "state.json", state | {"world_size": 2})
-        (folder / "MANIFEST.json").unlink()
-        checkpoints.write_manifest(folder)
-    with runs.start(again, "toy", {}, runs.RunConfig()) as run:
-        job = toy.trainer(run)
-        job.engine.needs_same_world = True
-        with pytest.raises(ValueError, match=r"written by 2 DeepSpeed processes .* got 1"):
-            job.train()
+    with (
+        runs.start(again, "toy", {}, runs.RunConfig()) as run,
+        pytest.raises(ValueError, match=r"step-6 and the student differ in 1 parameters: lm_head.weight"),
+    ):
+        toy.trainer(run, student=toy.model(1, tied=False)).train()
 
 
 def test_averages_that_were_not_measured_are_not_logged(tmp_path: Path) -> None:
@@ -460,27 +454,6 @@ def test_what_training_returns_can_be_written_down(tmp_path: Path) -> None:
     with runs.start(tmp_path / "run", "toy", {}, runs.RunConfig()) as run:
         metrics = toy.trainer(run, teachers=[Broken({5})], validation_rows=0, steps=2, micro_batch_rows=8).train()
         assert all(math.isfinite(value) for value in metrics.values())
-
-
-def sharded(**functions: Any) -> engines.Sharded:
-    """The DeepSpeed engine's wrapper around nothing but these functions."""
-    engine = object.__new__(engines.Sharded)
-    engine.engine = type("DeepSpeed", (), {name: staticmethod(value) for name, value in functions.items()})
-    return engine
-
-
-def test_a_write_that_deepspeed_could_not_finish_is_an_error_of_the_disk(tmp_path: Path) -> None:
-    def save(*_: Any, **__: Any) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0: PytorchStreamWriter")
-
-    with pytest.raises(OSError, match="could not be written") as caught:
-        sharded(save_checkpoint=save).save(tmp_path)
-    assert caught.value.errno == errno.ENOSPC
-
-
-def test_deepspeed_that_loads_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing to load"):
-        sharded(load_checkpoint=lambda *_, **__: (None, None)).load(tmp_path)
 
 
 def test_without_room_for_a_checkpoint_nobody_starts_to_write(tmp_path: Path) -> None:

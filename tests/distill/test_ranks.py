@@ -19,8 +19,13 @@ HERE = Path(__file__).resolve().parent / "processes"
 TYPINGS = Path(__file__).resolve().parents[2] / "typings"
 BFLOAT16 = ("zero1_bfloat16", "zero3_bfloat16")
 NAN = ("zero1_bfloat16_nan", "zero2_nan", "zero3_nan")
-EXACT = ("ddp", "ddp_micro", "zero1", "zero2", "zero3", "zero2_offload", "zero2_resume", "zero3_resume")
+SPREAD = ("zero0_spread", "zero1_spread", "zero2_spread", "zero3_spread")
+"""Each kind of student beside a teacher in pieces."""
+EXACT = ("ddp", "ddp_micro", *SPREAD, "zero1", "zero2", "zero3")
+EXACT += ("zero2_offload", "zero3_offload", "zero2_resume", "zero3_resume")
 PHASES = (*EXACT, *BFLOAT16, *NAN)
+PARTS = ("other_part", "zero1_part", "zero2_part", "zero3_part", "zero1_bfloat16_part")
+"""The first one is spread as stage 2, then by nothing, then as stage 3."""
 
 
 def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
@@ -38,7 +43,7 @@ def launch(*arguments: str, processes: int = 2, **environment: str) -> subproces
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=520)
     assert process.returncode == 0, out + err
     return out
 
@@ -52,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
     """What both ranks say about each phase."""
-    finished(launch(str(folder), *PHASES))
+    checkpoints.save_model(toy.model(2, hidden=24, tied=False), folder / "teacher", source=None, provenance={})
+    finished(launch(str(folder), *PHASES, *PARTS, "compare", "damaged"))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -122,7 +128,7 @@ def test_each_rank_hashes_what_it_wrote_and_the_manifest_holds_all(
     assert names[0] | names[1] == runs.read_json(step / "MANIFEST.json")["files"].keys()
     assert "random-00001.json" in names[1]
     for rank in (0, 1) if phase.startswith("zero") else ():
-        assert f"deepspeed/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in names[rank]
+        assert {f"weights-0000{rank}.safetensors", f"optimizer-0000{rank}.safetensors"} <= names[rank]
     assert checkpoints.check_manifest(step, hashes=True) is None
 
 
@@ -130,6 +136,64 @@ def test_each_rank_hashes_what_it_wrote_and_the_manifest_holds_all(
 @pytest.mark.parametrize("phase", PHASES)
 def test_stage_3_alone_leaves_no_tensor_whole(phase: str, results: list[dict[str, Any]]) -> None:
     assert all(result[phase]["spread"] == phase.startswith("zero3") for result in results)
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is said at the end of runs of three steps on two processes, two on one, and one on two again."""
+    finished(launch(str(folder), *PARTS, processes=1, TOY_AFTER="4"))
+    finished(launch(str(folder), *PARTS, TOY_AFTER="99"))
+    return json.loads((folder / "rank-0.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PARTS)
+def test_other_numbers_of_processes_go_on_as_if_nothing_had_happened(
+    phase: str,
+    parts: dict[str, Any],
+    results: list[dict[str, Any]],
+    folder: Path,
+    alone: tuple[list[dict[str, Any]], torch.Tensor],
+) -> None:
+    """In bfloat16 the end is compared with that of an uninterrupted run in bfloat16."""
+    half = "bfloat16" in phase
+    rows, weights = alone
+    if half:
+        rows, weights = results[0]["zero1_bfloat16"]["rows"], torch.tensor(results[0]["zero1_bfloat16"]["weights"])
+    worlds = [runs.read_json(folder / phase / f"checkpoints/step-{n}/state.json")["world_size"] for n in (5, 6)]
+    assert worlds == [1, 2]
+    curves = [
+        {row["step"]: row["train/loss"] for row in lines if "train/loss" in row}
+        for lines in (parts[phase]["rows"], rows)
+    ]
+    assert curves[0].keys() == curves[1].keys()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2 if half else 1e-5)
+    tolerance = {"rtol": 0.1, "atol": 0.02} if half else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.tensor(parts[phase]["weights"]), weights, **tolerance)
+
+
+@pytest.mark.slow
+def test_a_teacher_in_pieces_says_what_it_says_whole(results: list[dict[str, Any]]) -> None:
+    assert all(result["compare"]["same"] for result in results)
+    assert not any(result["compare"]["trainable"] for result in results)
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_a_teachers_layers(results: list[dict[str, Any]]) -> None:
+    """All but the head and the last norm; pieces are rounded up to 64 values of 4 bytes for each of three gathers."""
+    whole = sum(p.numel() * 4 for p in toy.model(2, hidden=24, tied=False).parameters())
+    for result in results:
+        held = result["compare"]["bytes"]
+        assert held["whole"] == (toy.VOCABULARY + 1) * 24 * 4
+        assert 0 <= held["pieces"] - (whole - held["whole"]) / 2 <= 3 * 64 * 4
+
+
+@pytest.mark.slow
+def test_a_piece_that_is_not_the_files_ends_the_run_on_every_process(results: list[dict[str, Any]]) -> None:
+    """Two values in each other's place have the same sum."""
+    for result in results:
+        assert "1 parts gathered from all processes are not those of" in result["damaged"]["error"]
+        assert "model.layers.1" in result["damaged"]["error"]
 
 
 @pytest.mark.slow

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy
 
-from llamita.distill.teachers import ResidentTeacher, Vocabulary, check_vocabularies, document_mask, last_hidden
+from llamita import runs
+from llamita.distill.teachers import (
+    ResidentTeacher,
+    TeacherConfig,
+    Vocabulary,
+    check_vocabularies,
+    document_mask,
+    last_hidden,
+)
 
 
 def test_a_document_in_a_packed_row_has_the_hidden_states_that_it_has_alone() -> None:
@@ -83,3 +94,38 @@ def test_ids_must_mean_the_same_to_data_student_and_teachers() -> None:
         check_vocabularies(data, [Vocabulary(90, "same", "small")])
     with pytest.raises(ValueError, match="big has a vocabulary of 104, the student of 100"):
         check_vocabularies(data, [Vocabulary(104, "same", "big")], student_size=100)
+
+
+def test_a_share_goes_straight_from_its_begin_to_its_end() -> None:
+    moving = TeacherConfig(path=Path("x"), weight=1.0, weight_end=0.2)
+    assert [moving.share(step, 4) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert {TeacherConfig(path=Path("x"), weight=3.0).share(step, 4) for step in range(5)} == {3.0}
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_end", "max_kl"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_settings_of_a_teacher_without_meaning_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"teachers.<name>.{name} must be > 0 and finite"):
+        TeacherConfig(path=Path("x"), **{name: value})
+
+
+def go(out: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """Two teachers, one of whose shares moves; rows of the log."""
+    given = [ResidentTeacher(name, toy.model(seed, tied=False)) for name, seed in (("big", 2), ("small", 4))]
+    configs = {"big": TeacherConfig(path=out, weight=2.0, weight_end=0.5), "small": TeacherConfig(path=out)}
+    with runs.start(out, "toy", {}, runs.RunConfig()) as run, contextlib.suppress(runs.Stopped):
+        job = toy.trainer(run, teachers=given, **arguments)
+        job.shares = {name: config.share for name, config in configs.items()}
+        job.train()
+    return runs.read_metrics(out)
+
+
+def test_moving_shares_are_those_of_the_step_and_a_restart_goes_on_with_them(tmp_path: Path) -> None:
+    rows = [row for row in go(tmp_path / "whole") if "train/loss" in row]
+    for row in rows:
+        share = 2.0 - 1.5 * row["step"] / 6
+        assert row["kd/share_big"] == pytest.approx(share / (share + 1))
+        assert row["kd/share_big"] + row["kd/share_small"] == pytest.approx(1)
+    go(tmp_path / "stopped", source=toy.Interrupted(batch=8, micro=8))
+    again = [row for row in go(tmp_path / "stopped") if "train/loss" in row]
+    assert [row["train/loss"] for row in again] == [row["train/loss"] for row in rows]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
 from llamita.distill import engines, losses, optim, student
-from llamita.distill.teachers import TeacherConfig
+from llamita.distill.teachers import Placement, Storage, TeacherConfig
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -278,6 +278,24 @@ def test_every_option_of_the_loss_reaches_the_run(
         seen.add(round(runs.check_done(out)["summary"]["train/loss"], 6))
         assert "lm_head.weight" not in checkpoints.Weights(out).files
     assert len(seen) == len(losses.Divergence)
+
+
+def test_a_teacher_in_pieces_and_one_in_eight_bits_teach_with_moving_shares(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """The first one at the last step's share of one half; the log says what the second one's bits cost."""
+    module, out = recipe("distill"), tmp_path / "student"
+    given = {
+        "spread": TeacherConfig(path=teacher, placement=Placement.zero3, weight=2.0, weight_end=1.0),
+        "small": TeacherConfig(path=teacher, weights=Storage.int8),
+    }
+    module.run(settings(module, data, out, student=from_shape(), teachers=given))
+    summary = runs.check_done(out)["summary"]
+    assert summary["kd/share_spread"] == 0.5
+    assert summary["kd/kl_spread"] == pytest.approx(summary["kd/kl_small"], rel=0.05)
+    costs = [row["teacher/kl_quantised_small"] for row in runs.read_metrics(out) if "teacher/kl_quantised_small" in row]
+    assert len(costs) == 1
+    assert 0 < costs[0] < 1e-2
 
 
 ASKED_AFTER_STEP_3 = """

@@ -18,15 +18,20 @@ import toy
 from accelerate.state import AcceleratorState, GradientState
 
 from llamita import checkpoints, runs
+from llamita.distill import sharded
 from llamita.distill.engines import DeepSpeedConfig, Precision
 from llamita.distill.losses import TeacherStates
-from llamita.distill.teachers import Batch, ResidentTeacher
+from llamita.distill.sharded import ShardedTeacher
+from llamita.distill.teachers import Attention, Batch, ResidentTeacher, document_mask
 
 torch.set_num_threads(1)
-faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "150")), exit=True)
+faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "500")), exit=True)
 
 
-RANK = int(os.environ["RANK"])
+PLAIN = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": Attention.sdpa}
+AFTER = int(os.environ.get("TOY_AFTER", "2"))
+"""Steps after which the phases that are done in parts stop."""
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 hashed: list[str] = []
 """Files that this rank has hashed for a manifest."""
 sync_and_hash = checkpoints.sync_and_hash
@@ -53,10 +58,57 @@ class Broken(ResidentTeacher):
         return TeacherStates(states.hidden * float("nan"), states.head) if bad else states
 
 
-def zero(stage: int) -> DeepSpeedConfig:
+def zero(stage: int, **more: Any) -> DeepSpeedConfig:
     """That stage; stage 3 spreads every tensor, which it would leave whole below a hundred thousand values."""
-    more = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    return DeepSpeedConfig(stage=stage, config=more)
+    whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return DeepSpeedConfig(stage=stage, config={"zero_optimization": {**whole, **more}} if stage else {})
+
+
+def spread(folder: Path) -> ShardedTeacher:
+    """The toy problem's teacher, from its directory, in pieces; an earlier phase has made the process group."""
+    assert torch.distributed.is_initialized()
+    return ShardedTeacher.load("big", folder / "teacher", 1.0, **PLAIN)
+
+
+def compare(folder: Path) -> dict[str, Any]:
+    """Hidden states in pieces and whole, on rows that differ between ranks, and the bytes of the pieces."""
+    teacher = spread(folder)
+    whole = ResidentTeacher.load("big", folder / "teacher", 1.0, **PLAIN)
+    batch = toy.rows(3, seed=RANK)
+    ours, theirs = (t.states(batch, document_mask(batch["position_ids"])) for t in (teacher, whole))
+    same = torch.equal(ours.hidden, theirs.hidden) and torch.equal(ours.head, theirs.head)
+    return {
+        "same": same,
+        "bytes": teacher.num_bytes,
+        "trainable": any(p.requires_grad for p in teacher.model.parameters()),
+    }
+
+
+def damaged(folder: Path) -> dict[str, Any]:
+    """What every rank says when one of them has read another piece than the file holds."""
+    read = sharded.read_piece
+
+    def swapped(weights: Any, unit: Any, into: torch.Tensor, first: int) -> None:
+        read(weights, unit, into, first)
+        if RANK == 1 and unit.label == "model.layers.1":
+            into[:2] = into[:2].flip(0)
+
+    sharded.read_piece = swapped
+    try:
+        spread(folder)
+    except ValueError as error:
+        return {"error": str(error)}
+    finally:
+        sharded.read_piece = read
+    return {}
+
+
+def part(out: Path, stage: int, precision: Precision) -> dict[str, Any]:
+    """Go on in ``out`` with as many processes as there are, to the stop or to the end."""
+    source = toy.Interrupted(batch=8, micro=2, rank=RANK, world=WORLD, after=AFTER)
+    with contextlib.suppress(runs.Stopped):
+        return curve(out, source=source, micro_batch_rows=2, precision=precision, deepspeed=zero(stage))
+    return {}
 
 
 def curve(out: Path, **arguments: Any) -> dict[str, Any]:
@@ -94,8 +146,21 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
         case "zero1" | "zero2" | "zero3":
             return curve(out, micro_batch_rows=2, deepspeed=zero(int(name[-1])))
         case "zero2_offload":
-            more = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-            return curve(out, micro_batch_rows=2, deepspeed=DeepSpeedConfig(stage=2, config=more))
+            return curve(out, micro_batch_rows=2, deepspeed=zero(2, offload_optimizer={"device": "cpu"}))
+        case "zero3_offload":
+            cpu = {"device": "cpu"}
+            return curve(out, micro_batch_rows=2, deepspeed=zero(3, offload_optimizer=cpu, offload_param=cpu))
+        case "zero0_spread" | "zero1_spread" | "zero2_spread" | "zero3_spread":
+            return curve(out, micro_batch_rows=2, deepspeed=zero(int(name[4])), teachers=[spread(folder)])
+        case "compare":
+            return compare(folder)
+        case "damaged":
+            return damaged(folder)
+        case "zero1_part" | "zero2_part" | "zero3_part" | "zero1_bfloat16_part":
+            precision = Precision.bfloat16 if "bfloat16" in name else Precision.float32
+            return part(out, int(name[4]), precision)
+        case "other_part":
+            return part(out, {2: 2, 4: 0}.get(AFTER, 3), Precision.float32)
         case "zero3_bfloat16":
             return curve(
                 out,
@@ -107,7 +172,7 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
         case "zero1_bfloat16":
             return curve(out, micro_batch_rows=4, precision=Precision.bfloat16, deepspeed=zero(1))
         case "zero1_bfloat16_nan" | "zero2_nan" | "zero3_nan":
-            source = toy.Source(batch=8, micro=2, rank=RANK, world=2)
+            source = toy.Source(batch=8, micro=2, rank=RANK, world=WORLD)
             return curve(
                 out,
                 source=source,
@@ -120,13 +185,13 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
         case "zero2_resume" | "zero3_resume":
             arguments = {"micro_batch_rows": 2, "deepspeed": zero(int(name[4]))}
             with contextlib.suppress(runs.Stopped):
-                toy.go(out, source=toy.Interrupted(batch=8, micro=2, rank=RANK, world=2), **arguments)
+                toy.go(out, source=toy.Interrupted(batch=8, micro=2, rank=RANK, world=WORLD), **arguments)
             forget_launch()
             return curve(out, **arguments)
         case "stop":
             code = runs.EXIT_DONE
             try:
-                toy.go(out, source=toy.Interrupted(batch=8, micro=8, rank=RANK, world=2, only_rank=1))
+                toy.go(out, source=toy.Interrupted(batch=8, micro=8, rank=RANK, world=WORLD, only_rank=1))
             except runs.Stopped:
                 code = runs.EXIT_REQUEUE
             (folder / f"code-{RANK}").write_text(str(code))

@@ -87,14 +87,15 @@ class Source:
 
 
 class Interrupted(Source):
-    """Sends this process a stop signal during the third step."""
+    """Sends this process a stop signal during the step after ``after`` steps."""
 
-    def __init__(self, *, only_rank: int | None = None, **arguments: Any) -> None:
+    def __init__(self, *, only_rank: int | None = None, after: int = 2, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.after = after
         self.sends = only_rank is None or only_rank == self.rank
 
     def __next__(self) -> list[dict[str, Tensor]]:
-        if self.consumed == 2 * self.batch and self.sends:
+        if self.consumed == self.after * self.batch and self.sends:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().__next__()
 

@@ -1,0 +1,119 @@
+"""Make a model directory of a training run's checkpoint, without training on; one process and no GPU are enough.
+
+python recipes/publish.py training.path=outputs/killed training.step=4000 out=model
+"""
+
+from __future__ import annotations
+
+from _main import command, exit_with, store  # isort: skip
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from transformers import LlamaConfig
+
+from llamita import checkpoints, runs
+from llamita.data.shards import PackedData
+from llamita.distill import saved, state, student
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The directory of a ``distill`` run, finished or not."""
+
+    path: Path = MISSING
+    step: int | None = None
+    """Unset: the newest checkpoint whose files are whole."""
+
+
+@dataclass(kw_only=True)
+class Publish:
+    """Everything that this recipe can be told."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: runs.RunConfig = field(default_factory=runs.RunConfig)
+    out: Path = MISSING
+
+
+store("publish_schema", Publish)
+
+
+def run(config: Publish) -> None:
+    """Read weights and settings of the checkpoint, and publish them at the root of ``config.out``."""
+    finished = (config.out / "DONE.json").is_file()
+    settings, folder = ({}, Path()) if finished else check(config)
+    with runs.start(config.out, "publish", runs.plain(config), config.run) as this:
+        if not this.done and runs.is_main_process():
+            publish(this, settings, folder)
+
+
+def check(config: Publish) -> tuple[dict[str, Any], Path]:
+    """The settings of the training run and the folder of its checkpoint.
+
+    Raises:
+        ValueError: it is no run of ``distill``, or the checkpoint is missing or not whole.
+    """
+    path, step = config.training.path, config.training.step
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"training.path={path} is not the directory of a run: it has no config.yaml")
+    written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    recipe = written.get("recipe") if isinstance(written, dict) else None
+    if recipe != "distill":
+        raise ValueError(f"training.path={path} must be a run of recipe 'distill', got {recipe!r}")
+    steps = state.steps_in(path / "checkpoints")
+    if step is None:
+        step = state.newest_good(path / "checkpoints")
+        if step < 0:
+            raise ValueError(f"training.path={path} has no whole checkpoint, found steps {steps}")
+    folder = path / "checkpoints" / f"step-{step}"
+    if step not in steps:
+        raise ValueError(f"training.step must be one of {steps}, got {step}")
+    if reason := checkpoints.check_manifest(folder, hashes=True):
+        raise ValueError(f"training.step={step}: {folder} is not whole: {reason}")
+    return written["settings"], folder
+
+
+def student_of(settings: dict[str, Any], data: PackedData) -> tuple[LlamaConfig, Path]:
+    """The configuration of the run's student, and where its tokenizer lies."""
+    schema = OmegaConf.structured(student.StudentConfig)
+    made: Any = OmegaConf.to_object(OmegaConf.merge(schema, settings["student"]))
+    llama = student.llama_config(
+        made,
+        vocab_size=data.vocab_size,
+        tokenizer_path=data.tokenizer_path,
+        sequence_length=data.sequence_length,
+    )
+    return llama, made.path or data.tokenizer_path
+
+
+def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
+    """Write the model in the precision that the run itself would have published."""
+    data = PackedData.open(Path(settings["data"]["path"]))
+    llama, source = student_of(settings, data)
+    progress = runs.read_json(folder / state.STATE)
+    parents = progress["parents"] | {"data": data.content_hash}
+    trained = saved.Saved(folder)
+    files = student.publish(
+        trained,
+        llama,
+        this.path,
+        main=True,
+        source=source,
+        dtype=checkpoints.dtype_named(progress["dtype"]),
+        provenance={
+            "recipe": "publish",
+            "parents": {name: {"sha256": sha256} for name, sha256 in parents.items()},
+            "settings": settings,
+            "checkpoint": {"path": str(folder), "step": progress["step"]},
+            "metrics": progress["last"],
+        },
+    )
+    this.finish(files, parents=parents, summary={**progress["last"], "step": progress["step"]})
+
+
+main = command("publish", Publish, run)
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,98 @@
+"""The tensors of a training checkpoint: weights and moments by parameter names, whole, in float32.
+
+``weights*.safetensors`` hold ``NAME``, ``optimizer*.safetensors`` hold ``NAME/step``, ``NAME/exp_avg`` and
+``NAME/exp_avg_sq``. Each process may write files of its own with whichever parameters it likes; a reader takes all
+files for one. So a checkpoint says nothing of how many processes wrote it, nor of what had been spread over them, and
+any number of them, with another ZeRO stage or without, can read it. It holds no pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llamita import checkpoints, runs
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def write(
+    folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], *, part: int | None = None
+) -> list[str]:
+    """Write parameters with their moments, as ``part`` of those that several processes write; returns the file names.
+
+    Raises:
+        OSError: the system refused.
+    """
+    end = "" if part is None else f"-{part:05d}"
+    names = [f"weights{end}.safetensors", f"optimizer{end}.safetensors"]
+    checkpoints.save_tensors(weights, folder / names[0], {})
+    runs.crash_point("mid_checkpoint")
+    flat = {f"{name}/{key}": value for name, state in moments.items() for key, value in state.items()}
+    checkpoints.save_tensors(flat, folder / names[1], {})
+    return names
+
+
+def owners(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Which of ``world`` processes writes each parameter: the one that has least so far, the largest first."""
+    loads = [0] * world
+    found = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += sizes[name]
+    return found
+
+
+class Saved:
+    """The tensors in a checkpoint's files, mapped and read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file.
+
+        Raises:
+            ValueError: there is none, or one is damaged.
+        """
+        self.folder = folder
+        self._weights = self._open("weights")
+        self._moments = self._open("optimizer")
+
+    def _open(self, kind: str) -> dict[str, Any]:
+        files = sorted(self.folder.glob(f"{kind}*.safetensors"))
+        if not files:
+            raise ValueError(f"{self.folder} is no checkpoint of a training run: it has no {kind}.safetensors")
+        found: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle: Any = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged or cut short: {error}") from error
+            found |= dict.fromkeys(handle.keys(), handle)
+        return found
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a checkpoint of other parameters.
+
+        Raises:
+            ValueError: naming some that are missing or too many.
+        """
+        if wrong := sorted(self._weights.keys() ^ set(names)):
+            raise ValueError(f"{self.folder} and the student differ in {len(wrong)} parameters: {', '.join(wrong[:3])}")
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter, float32, on the CPU."""
+        tensor: Tensor = self._weights[name].get_tensor(name)
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name, one at a time."""
+        for name in self._weights:
+            yield name, self.weight(name)
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """A parameter's moments; none where no step has been taken on it."""
+        keys = {key: f"{name}/{key}" for key in MOMENTS}
+        return {key: self._moments[full].get_tensor(full) for key, full in keys.items() if full in self._moments}
