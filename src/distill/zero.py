@@ -37,7 +37,7 @@ def read(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Whole float32 weights and moments, on the CPU, of the parameters that ``rank`` writes; every rank calls this.
 
-    One parameter at a time is whole on the device.
+    All of them learn. One parameter at a time is whole on the device.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -48,25 +48,17 @@ def read(
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
-        learns = states and parameter.requires_grad
-        full = {"": safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)}
-        for key in ("exp_avg", "exp_avg_sq") if learns else ():
+        full = {"": safe_get_full_fp32_param(parameter)}
+        for key in ("exp_avg", "exp_avg_sq") if states else ():
             full[key] = safe_get_full_optimizer_state(parameter, key)
         if mine[name] != rank:
             continue
         on_cpu = {key: value.detach().float().to("cpu", copy=True) for key, value in full.items()}
         weights[name] = on_cpu.pop("")
         moments[name] = on_cpu
-        if learns:
+        if states:
             on_cpu["step"] = torch.as_tensor(states[0]["step"]).float().to("cpu", copy=True)
     return weights, moments
-
-
-def _gathered(parameter: nn.Parameter) -> Tensor:
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -92,8 +84,6 @@ def write(engine: Any, parameters: Mapping[str, nn.Parameter], found: saved.Save
         # The layers' own weights: whole on every rank, or, in stage 3, cut up again when the block ends.
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
-        if not parameter.requires_grad:
-            continue
         _set(parameter, value, None)
         for key, moment in found.moments(name).items():
             if key != "step":
