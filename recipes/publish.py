@@ -95,6 +95,7 @@ def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
     progress = runs.read_json(folder / state.STATE)
     parents = progress["parents"] | {"data": data.content_hash}
     trained = saved.Saved(folder)
+    trained.check(list(checkpoints.stored_tensors(llama)))
     files = student.publish(
         trained,
         llama,

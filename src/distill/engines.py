@@ -324,8 +324,9 @@ class Replicated:
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = accelerator.prepare_model(module.to(accelerator.device))
         self.student = module.student
-        self.checkpoint_bytes = 3 * 4 * _numel(module)
+        self.checkpoint_bytes = 3 * 4 * _numel(_trained(module))
         self.optimizer = optim.adamw(module, config)
+        self.trained = _trained(module)
         self.config = config
         self.main = accelerator.is_main_process
 
@@ -337,7 +338,7 @@ class Replicated:
         return _with_loss(loss, sums)
 
     def step(self, learning_rate: float) -> float:
-        norm = optim.clip(self.student.parameters(), self.config.clip_norm)
+        norm = optim.clip(self.trained.values(), self.config.clip_norm)
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -353,14 +354,13 @@ class Replicated:
     def save(self, folder: Path) -> list[str]:
         if not self.main:
             return []
-        parameters = dict(self.student.named_parameters())
-        return saved.write(folder, parameters, {name: self.optimizer.state[p] for name, p in parameters.items()})
+        return saved.write(folder, self.trained, {name: self.optimizer.state[p] for name, p in self.trained.items()})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         found = saved.Saved(folder)
-        found.check([name for name, _ in self.student.named_parameters()])
-        for name, parameter in self.student.named_parameters():
+        found.check(list(self.trained))
+        for name, parameter in self.trained.items():
             parameter.copy_(found.weight(name))
             # Copies: a mapped file can be neither written to nor removed on every system.
             moments = {key: value.to(parameter.device, copy=True) for key, value in found.moments(name).items()}
@@ -378,7 +378,8 @@ class Sharded:
         self.student = module.student
         self.rank = accelerator.process_index
         self.world = accelerator.num_processes
-        self.checkpoint_bytes = 3 * 4 * _numel(module)
+        self.trained = _trained(module)
+        self.checkpoint_bytes = 3 * 4 * _numel(self.trained)
         self.engine, _ = accelerator.prepare(module, optim.adamw(module, config))
         # The engine casts every buffer too, and rotary frequencies in bfloat16 are wrong from the third digit on.
         rotary = type(self.student.model.rotary_emb)(self.student.config)
@@ -404,11 +405,11 @@ class Sharded:
 
     def save(self, folder: Path) -> list[str]:
         # Every rank gathers every parameter, and keeps those that it writes: no rank fails before the last gather.
-        weights, moments = zero.read(self.engine, dict(self.student.named_parameters()), self.rank, self.world)
+        weights, moments = zero.read(self.engine, self.trained, self.rank, self.world)
         return saved.write(folder, weights, moments, part=self.rank)
 
     def load(self, folder: Path) -> None:
-        zero.write(self.engine, dict(self.student.named_parameters()), saved.Saved(folder))
+        zero.write(self.engine, self.trained, saved.Saved(folder))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
@@ -419,8 +420,14 @@ class Sharded:
             yield name, tensor
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimiser moves and a checkpoint holds, by name; the rest is as the student's directory has it."""
+    named = module.named_parameters()
+    return {name.removeprefix("student."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _numel(parameters: dict[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Int8Linear(nn.Module):
         self.scale: Tensor
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.quantised.to(hidden.dtype) * self.scale.to(hidden.dtype))
+        # A scale in bfloat16 would be wrong by as much as the rounding to eight bits.
+        return functional.linear(hidden, (self.quantised * self.scale).to(hidden.dtype))
 
 
 class Nf4Linear(nn.Module):

@@ -25,9 +25,13 @@ def write(
 ) -> list[str]:
     """Write parameters with their moments, as ``part`` of those that several processes write; returns the file names.
 
+    A process without parameters writes nothing: there may be more processes than parameters.
+
     Raises:
         OSError: the system refused.
     """
+    if not weights:
+        return []
     end = "" if part is None else f"-{part:05d}"
     names = [f"weights{end}.safetensors", f"optimizer{end}.safetensors"]
     checkpoints.save_tensors(weights, folder / names[0], {})

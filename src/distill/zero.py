@@ -37,7 +37,7 @@ def read(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Whole float32 weights and moments, on the CPU, of the parameters that ``rank`` writes; every rank calls this.
 
-    One parameter at a time is whole on the device.
+    All of them learn. One parameter at a time is whole on the device.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -23,8 +23,10 @@ SPREAD = ("zero0_spread", "zero1_spread", "zero2_spread", "zero3_spread")
 """Each kind of student beside a teacher in pieces."""
 EXACT = ("ddp", "ddp_micro", *SPREAD, "zero1", "zero2", "zero3")
 EXACT += ("zero2_offload", "zero3_offload", "zero2_resume", "zero3_resume")
-PHASES = (*EXACT, *BFLOAT16, *NAN)
+FROZEN = ("zero2_frozen", "zero3_frozen")
+PHASES = (*EXACT, *BFLOAT16, *NAN, *FROZEN)
 PARTS = ("other_part", "zero1_part", "zero2_part", "zero3_part", "zero1_bfloat16_part")
+PARTS += ("zero2_frozen_part", "zero3_frozen_part")
 """The first one is spread as stage 2, then by nothing, then as stage 3."""
 
 
@@ -155,11 +157,11 @@ def test_other_numbers_of_processes_go_on_as_if_nothing_had_happened(
     folder: Path,
     alone: tuple[list[dict[str, Any]], torch.Tensor],
 ) -> None:
-    """In bfloat16 the end is compared with that of an uninterrupted run in bfloat16."""
+    """Compared with one process, or, in bfloat16 and with a frozen layer, with the same run uninterrupted."""
     half = "bfloat16" in phase
     rows, weights = alone
-    if half:
-        rows, weights = results[0]["zero1_bfloat16"]["rows"], torch.tensor(results[0]["zero1_bfloat16"]["weights"])
+    if (whole := phase.removesuffix("_part")) in (*BFLOAT16, *FROZEN):
+        rows, weights = results[0][whole]["rows"], torch.tensor(results[0][whole]["weights"])
     worlds = [runs.read_json(folder / phase / f"checkpoints/step-{n}/state.json")["world_size"] for n in (5, 6)]
     assert worlds == [1, 2]
     curves = [

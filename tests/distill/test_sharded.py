@@ -9,8 +9,9 @@ import pytest
 import torch
 import toy
 
-from llamita import checkpoints
+from llamita import checkpoints, runs
 from llamita.distill import sharded
+from llamita.distill.saved import Saved
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask
 
 PLAIN: Any = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": Attention.sdpa}
@@ -86,3 +87,16 @@ def test_values_that_are_not_the_files_end_the_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sharded, "read_piece", damaged)
     with pytest.raises(ValueError, match=r"teacher big: 3 parts gathered .* are not those of .*embed_tokens.weight"):
         sharded.ShardedTeacher.load("big", saved(tmp_path, tied=False), 1.0, **PLAIN)
+
+
+def test_a_teacher_in_pieces_teaches_what_it_teaches_whole_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+    path = saved(tmp_path / "teacher", hidden=24, tied=False)
+    curves = []
+    for kind in (sharded.ShardedTeacher, ResidentTeacher):
+        teacher = kind.load("big", path, 1.0, **PLAIN)
+        job = toy.go(tmp_path / kind.__name__, teachers=[teacher])
+        curves.append([row["train/loss"] for row in runs.read_metrics(job.run.path) if "train/loss" in row])
+        assert all(teacher.model not in model.modules() for model in job.accelerator._models)
+        stored = dict(Saved(job.run.path / "checkpoints/step-6").tensors())
+        assert stored.keys() == dict(job.engine.tensors()).keys()
+    assert curves[0] == curves[1]

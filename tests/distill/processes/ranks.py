@@ -103,11 +103,18 @@ def damaged(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def part(out: Path, stage: int, precision: Precision) -> dict[str, Any]:
+def half_frozen() -> Any:
+    """A student whose first layer does not learn."""
+    student = toy.model(1)
+    student.model.layers[0].requires_grad_(False)
+    return student
+
+
+def part(out: Path, stage: int, precision: Precision, **more: Any) -> dict[str, Any]:
     """Go on in ``out`` with as many processes as there are, to the stop or to the end."""
     source = toy.Interrupted(batch=8, micro=2, rank=RANK, world=WORLD, after=AFTER)
     with contextlib.suppress(runs.Stopped):
-        return curve(out, source=source, micro_batch_rows=2, precision=precision, deepspeed=zero(stage))
+        return curve(out, source=source, micro_batch_rows=2, precision=precision, deepspeed=zero(stage), **more)
     return {}
 
 
@@ -159,6 +166,10 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
         case "zero1_part" | "zero2_part" | "zero3_part" | "zero1_bfloat16_part":
             precision = Precision.bfloat16 if "bfloat16" in name else Precision.float32
             return part(out, int(name[4]), precision)
+        case "zero2_frozen" | "zero3_frozen":
+            return curve(out, student=half_frozen(), micro_batch_rows=2, deepspeed=zero(int(name[4])))
+        case "zero2_frozen_part" | "zero3_frozen_part":
+            return part(out, int(name[4]), Precision.float32, student=half_frozen())
         case "other_part":
             return part(out, {2: 2, 4: 0}.get(AFTER, 3), Precision.float32)
         case "zero3_bfloat16":
