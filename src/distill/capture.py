@@ -149,7 +149,7 @@ class Capture:
                 identity.seed, one.key, one.length, number
             )
         draws = samplers.sample(
-            self._states(batch, picked_BS),
+            self.states(batch, picked_BS),
             identity.sampler,
             identity.samples_per_token,
             torch.from_numpy(uniform_BSK[:, :-1][picked_BS.numpy()]).to(self.device),
@@ -181,7 +181,7 @@ class Capture:
         return cache_format.targets((rows, length), list(self.records(batch)), self.identity.samples_per_token)
 
     @torch.no_grad()
-    def _states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
+    def states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
         """Hidden states of the supervised positions, ``[N, E]``."""
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
         mask = document_mask(on_device["position_ids"]) if self.attention is Attention.sdpa else None

@@ -214,7 +214,8 @@ def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
     teacher: Path, data: Path, recipe: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     module = recipe("cache")
-    config = settings(module, teacher, data, tmp_path / "out", data=module.DataConfig(path=data, splits=["test"]))
+    config = settings(module, teacher, data, tmp_path / "out")
+    config.data.splits = ["test"]
     with pytest.raises(ValueError, match=r"data.splits must be among train, validation, got test"):
         module.run(config)
     assert not (tmp_path / "out").exists()
