@@ -11,6 +11,7 @@ Results are appended to ``results.jsonl``; ``table.md`` is made of them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -127,23 +128,23 @@ class Bench:
         return total
 
     def samples_for(self, sampler: Sampler, wanted: float) -> int:
-        """The number of samples whose entries take nearest to ``wanted`` bytes per token on the first rows."""
+        """The fewest samples whose entries take ``wanted`` bytes per token on the first rows, or the most."""
         if sampler is Sampler.top_k:
             return min(cache_format.MOST_SAMPLES, max(1, round((wanted - 1) / 3)))
         worker, batch = self.worker(sampler, 1), self.rows.rows(np.arange(min(8, len(self.rows))))
-        sizes = {}
-        for samples in range(2, cache_format.MOST_SAMPLES + 1, 2):
-            trial = capture.Capture(
-                worker.teacher,
-                Identity(**{**vars(worker.identity), "samples_per_token": samples}),
-                worker.device,
-                worker.attention,
-                worker.chunk_mebibytes,
-            )
-            records = [record for _, record in trial.records(batch)]
+        low, high = 1, cache_format.MOST_SAMPLES
+        while low < high:
+            middle = (low + high) // 2
+            identity = Identity(**{**vars(worker.identity), "samples_per_token": middle})
+            records = [record for _, record in dataclasses.replace(worker, identity=identity).records(batch)]
             size = sum(part.nbytes for record in records for part in record)
-            sizes[samples] = abs(size / sum(int((lengths > 0).sum()) for lengths, _, _ in records) - wanted)
-        return min(sizes, key=lambda samples: sizes[samples])
+            low, high = (low, middle) if size >= wanted * sum(map(predicted, records)) else (middle + 1, high)
+        return low
+
+
+def predicted(record: cache_format.Record) -> int:
+    """Positions of a slice that have a target."""
+    return int(np.count_nonzero(record[0]))
 
 
 COLUMNS = {
