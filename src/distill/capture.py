@@ -70,8 +70,15 @@ class CaptureConfig:
         cache_format.check_fits(1, self.samples_per_token)
 
 
+USUAL_ENTRIES = 12
+"""Per token at 50 samples, as the authors of Random Sampling KD report (arXiv:2503.16870); measure with a few rows."""
 MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""
+
+
+def default_chunk_mebibytes(*, on_cpu: bool) -> int:
+    """Memory for distributions where none is set."""
+    return 64 if on_cpu else 2048
 
 
 def claim(out: Path, identity: Identity) -> None:
@@ -132,7 +139,7 @@ class Capture:
         """With the teacher in ``path``, in the dtype of the identity, on ``device``."""
         dtype = checkpoints.dtype_named(identity.dtype)
         teacher = ResidentTeacher.load("teacher", path, 1.0, dtype=dtype, device=device, attention=attention)
-        budget = chunk_mebibytes or (64 if device.type == "cpu" else 2048)
+        budget = chunk_mebibytes or default_chunk_mebibytes(on_cpu=device.type == "cpu")
         return cls(teacher, identity, device, attention, budget)
 
     def records(self, batch: Batch) -> Iterator[tuple[Slice, Record]]:
