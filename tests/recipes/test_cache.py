@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from conftest import REPOSITORY
 from llamita import checkpoints, locks, runs
@@ -225,6 +226,21 @@ def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
 def test_a_teacher_needs_a_path_or_a_cache() -> None:
     with pytest.raises(ValueError, match="needs path, or cache, or both"):
         TeacherConfig()
+
+
+def test_a_job_of_a_slurm_array_is_one_of_its_workers(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, found = recipe("cache"), []
+    for task in ("", "3"):
+        if task:
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+            monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "16")
+        with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+            cfg = compose("cache", overrides=["teacher.path=a", "data.path=b", "out=c"])
+        config = sys.modules["_main"].settings(cfg, module.Cache)
+        found.append((config.worker, config.workers))
+    assert found == [(0, 1), (3, 16)]
 
 
 def planned(
