@@ -70,13 +70,14 @@ class Rows:
     """``[C]`` for each teacher, at T."""
 
 
-SCRATCH_BUFFERS = 8
-"""At most so many tensors of ``[R, V]`` exist at once, besides the logits and two more for each teacher."""
+def scratch_buffers(num_teachers: int) -> int:
+    """At most so many tensors of ``[R, V]`` exist at once, besides the logits."""
+    return 8 + 2 * num_teachers
 
 
 def evaluate(
     logits_CV: Tensor,
-    teachers_CV: Sequence[Tensor],
+    teachers_CV: Tensor,
     labels_C: Tensor,
     objective: Objective,
     slope_CV: Tensor | None,
@@ -85,12 +86,12 @@ def evaluate(
 ) -> Rows:
     """Sums over the chunk; the derivative by the student's logits goes to ``slope_CV``, which may be the logits.
 
-    Overwrites all logits.
+    ``teachers_CV`` is ``[number of teachers, C, V]``. Overwrites all logits.
     """
     parts = [
         _evaluate(
             logits_CV[start : start + rows_at_once],
-            [one[start : start + rows_at_once] for one in teachers_CV],
+            teachers_CV[:, start : start + rows_at_once],
             labels_C[start : start + rows_at_once],
             objective,
             None if slope_CV is None else slope_CV[start : start + rows_at_once],
@@ -107,7 +108,7 @@ def evaluate(
 
 def _evaluate(
     logits_RV: Tensor,
-    teachers_RV: Sequence[Tensor],
+    teachers_RV: Tensor,
     labels_R: Tensor,
     objective: Objective,
     slope_RV: Tensor | None,
