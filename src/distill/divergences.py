@@ -132,8 +132,8 @@ def _evaluate(
         log_ps = [functional.log_softmax(one if temperature == 1 else one.div_(temperature), -1) for one in teachers_RV]
         teachers_log_z = [_log_z(one, log_p) for one, log_p in zip(teachers_RV, log_ps, strict=True)]
         slope = _add_divergence(sums, q, log_q, log_ps, objective, slope_RV is not None) if log_ps else q
-        if slope is not None:
-            slope.mul_(temperature * (1 - ce_weight))
+        if slope is not None and (factor := temperature * (1 - ce_weight)) != 1:
+            slope.mul_(factor)
     if slope_RV is None:
         return Rows(sums, log_z, log_z1, teachers_log_z)
     if q1 is not None and ce_weight > 0:
@@ -174,7 +174,8 @@ def _mixture(log_ps: list[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dtype=torch.float64)
+    """Sum of products; each row by one call that makes no tensor of products, the rows in float64."""
+    return torch.bmm(a[:, None], b[:, :, None]).sum(dtype=torch.float64)
 
 
 def divergence(

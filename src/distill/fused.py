@@ -21,7 +21,7 @@ from llamita.distill import divergences
 from llamita.distill.divergences import CE, KD, KL, Objective, Rows
 from llamita.distill.sparse import Entries, Stored
 
-CHUNK_MEBIBYTES = {"cpu": 64}
+CHUNK_MEBIBYTES = {"cpu": 128}
 """Default budget by type of device."""
 CHUNK_MEBIBYTES_ELSEWHERE = 1024
 TILE = 128

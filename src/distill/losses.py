@@ -41,7 +41,7 @@ class LossConfig:
     skew: float = 0.1
     """The share a that a skewed divergence mixes in."""
     chunk_mebibytes: int | None = None
-    """Memory for the logits at any time and what is made of them; unset: 1024 on an accelerator, 64 on a CPU."""
+    """Memory for the logits at any time and what is made of them; unset: 1024 on an accelerator, 128 on a CPU."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or math.isinf(self.temperature):
