@@ -94,7 +94,6 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
     teachers.check_vocabularies(
         teachers.Vocabulary(data.vocab_size, data.tokenizer_hash, f"data.path={config.data.path}"),
         [teachers.Vocabulary.of_model(path, name) for name, path in models(config).items()],
-        student_size=None if config.student.path else data.vocab_size,
     )
     llama = student.llama_config(
         config.student,
@@ -120,7 +119,7 @@ def train(config: Distill, this: runs.Run) -> None:
         # DeepSpeed itself brings to the device what stays there.
         device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
     )
-    engine = engines.build(accelerator, model, config.loss, config.optim, config)
+    engine = engines.build(accelerator, model, config.loss, config.optim, config, vocabulary=data.vocab_size)
     split = data.split("train")
     job = loop.Trainer(
         accelerator=accelerator,
