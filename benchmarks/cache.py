@@ -56,7 +56,7 @@ class Bench:
         self.data = PackedData.open(told.data)
         self.rows = FirstRows(self.data.split("train"), told.rows)
         self.teacher_hash = checkpoints.content_hash(told.model)
-        self.vocab_size = checkpoints.shape_of(checkpoints.load_config(told.model)).vocab_size
+        self.vocab_size = self.data.vocab_size
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def worker(self, sampler: Sampler, samples: int) -> capture.Capture:

@@ -189,12 +189,13 @@ class Capture:
 
     @torch.no_grad()
     def states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
-        """Hidden states of the supervised positions, ``[N, E]``."""
+        """Hidden states of the supervised positions, ``[N, E]``, and the head without the rows that are no ids."""
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
         mask = document_mask(on_device["position_ids"]) if self.attention is Attention.sdpa else None
         states = self.teacher.states(on_device, mask)
         assert isinstance(states, TeacherStates)
-        return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], states.head)
+        head_VE = states.head[: self.identity.vocab_size]
+        return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], head_VE)
 
     def write(self, shard: Shard, batches: Iterable[Batch], out: Path) -> dict[str, int]:
         """Publish a shard, which no other process may be writing; returns how much it holds."""
