@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from _calibrate import CalibrationConfig, calibration
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
 from llamita import checkpoints, checks, runs
-from llamita.prune import search, stream, surgery
+from llamita.prune import mend, search, stream, surgery
+from llamita.prune.compensation import CompensationConfig
 from llamita.prune.search import BudgetConfig, Candidate
 from llamita.prune.target import SIZES, TargetConfig
 from llamita.shapes import LlamaShape
 
-STUDENTS, DISTILLED = "students", "distilled"
+MENDED, STUDENTS, DISTILLED = "mended", "students", "distilled"
 TARGET = "target/searched.yaml"
 WHOLE = "whole.json"
 """The loss of the model itself; its own file, because every line of the other one is a candidate."""
@@ -41,6 +44,12 @@ class HeldOutConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"held_out.tokens must be at least 1, got {self.tokens}")
+
+
+def held_out(config: HeldOutConfig, calibrated: CalibrationConfig, weights: checkpoints.Weights) -> list[stream.Batch]:
+    """The rows that no score has seen."""
+    rows: list[stream.Batch] = calibration(replace(calibrated, split=config.split, tokens=config.tokens), weights)[0]
+    return rows
 
 
 @dataclass(kw_only=True)
@@ -117,11 +126,39 @@ def check(config: DistillConfig, model: Path, data: Path, out: Path) -> None:
         load("distill").check(settings)
 
 
-def write(model: stream.Model, out: Path, source: Path, provenance: Mapping[str, Any]) -> None:
+def check_stop(run: runs.Run) -> None:
+    """Hold that the run may go on.
+
+    Raises:
+        Stopped: it was asked to stop.
+    """
+    if run.stop.is_set():
+        raise runs.Stopped("stopped, what was measured is saved: run the same command again to go on")
+
+
+@contextmanager
+def mended(
+    pruned: surgery.Pruned, rows: list[stream.Batch], config: CompensationConfig, run: runs.Run, **passes: Any
+) -> Iterator[stream.Model]:
+    """A candidate as the pruning recipe would publish it; the files that it lives in go when it is not needed any more.
+
+    One that is interrupted keeps them, and goes on behind its last layer.
+    """
+    if not (pruned.plan.cuts and config.wanted):
+        yield pruned
+        return
+    folder = run.path / MENDED / pruned.plan.content_hash[:12]
+    yield mend.mend(pruned, rows, config, folder, watch=lambda _: check_stop(run), **passes)
+    shutil.rmtree(folder)
+
+
+def write(
+    candidate: AbstractContextManager[stream.Model], out: Path, source: Path, provenance: Mapping[str, Any]
+) -> None:
     """Publish a candidate as a model directory, layer by layer; one that is there stays."""
     if (out / checkpoints.PROVENANCE).is_file():
         return
-    with checkpoints.ModelWriter(out, model.config) as writer:
+    with candidate as model, checkpoints.ModelWriter(out, model.config) as writer:
         surgery.write(model, writer)
         writer.publish(source, provenance)
 

@@ -10,6 +10,7 @@ from _main import command, exit_with, store  # isort: skip
 
 import dataclasses
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 from omegaconf import MISSING
 
 import _search
-from _calibrate import CalibrationConfig, ModelConfig, calibration, how, process, score
+from _calibrate import CalibrationConfig, ModelConfig, calibration, how, pad_id, process, score
 from llamita import checkpoints, checks, runs
 from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
+from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
 from llamita.prune.target import TargetConfig, target_shape
 from llamita.shapes import LlamaShape
@@ -41,6 +43,8 @@ class Search:
     """What all candidates share; a size that is set here is the only one of its axis."""
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    """How every candidate is mended before it is measured; configs/search.yaml leaves the steps out."""
     held_out: _search.HeldOutConfig = field(default_factory=_search.HeldOutConfig)
     latency: latency.LatencyConfig = field(default_factory=latency.LatencyConfig)
     distill: _search.DistillConfig = field(default_factory=_search.DistillConfig)
@@ -68,35 +72,34 @@ class Laboratory:
     def __init__(self, config: Search, weights: checkpoints.Weights, found: list[LlamaShape], run: runs.Run) -> None:
         self.config, self.weights, self.run = config, weights, run
         self.how: dict[str, Any] = how(config.calibration, weights)
-        rows, parents = calibration(config.calibration, weights)
+        self.rows, parents = calibration(config.calibration, weights)
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
         alone = predict.alone(weights.shape, search.sizes(weights.shape, config.axes, config.target), config.target)
         smallest = _search.smallest(config.target, [*found, *alone.values()])
-        self.scores = score(config.scores, smallest, config.calibration, weights, rows, parents, run)
+        self.scores = score(config.scores, smallest, config.calibration, weights, self.rows, parents, run)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
-        self.held_out = held_out(config, weights)
+        self.held_out = _search.held_out(config.held_out, config.calibration, weights)
 
     def loss(self, model: stream.Model) -> float:
         """Mean loss on the held-out rows, in nats per token."""
-        if self.run.stop.is_set():
-            raise runs.Stopped("stopped, what was measured is saved: run the same command again to go on")
+        _search.check_stop(self.run)
         loss = stream.mean_loss(model, self.held_out, **self.how)
         if loss is None:
             raise ValueError(f"held_out.split={self.config.held_out.split} holds no token that is to be predicted")
         return loss
 
-    def candidate(self, shape: LlamaShape) -> stream.Model:
-        """The model of that shape, as a view on the whole one."""
+    def candidate(self, shape: LlamaShape) -> AbstractContextManager[stream.Model]:
+        """The model of that shape, mended."""
         config = self.config
         target = search.sized(config.target, search.sizes_of(shape))
-        return surgery.Pruned(self.weights, plan.make(self.scores, self.weights.shape, target, config.scores))
+        pruned = surgery.Pruned(self.weights, plan.make(self.scores, self.weights.shape, target, config.scores))
+        passes = self.how | {"pad_id": pad_id(config.calibration), "seed": config.run.seed}
+        return _search.mended(pruned, self.rows, config.compensation, self.run, **passes)
 
-
-def held_out(config: Search, weights: checkpoints.Weights) -> list[stream.Batch]:
-    """The rows that no score has seen."""
-    wanted = dataclasses.replace(config.calibration, split=config.held_out.split, tokens=config.held_out.tokens)
-    rows: list[stream.Batch] = calibration(wanted, weights)[0]
-    return rows
+    def loss_of(self, shape: LlamaShape) -> float:
+        """Mean loss of the candidate of that shape."""
+        with self.candidate(shape) as model:
+            return self.loss(model)
 
 
 def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
@@ -108,7 +111,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     for shape in predict.alone(source, search.sizes(source, config.axes, config.target), config.target).values():
         check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
     calibration(config.calibration, weights)
-    if not held_out(config, weights):
+    if not _search.held_out(config.held_out, config.calibration, weights):
         raise ValueError(f"held_out.split={config.held_out.split} of calibration.path has no rows")
     assert config.calibration.path is not None
     _search.check(config.distill, config.model.path, config.calibration.path, config.out)
@@ -143,10 +146,10 @@ def predicted(lab: Laboratory, removed: predict.Removed, whole: float) -> predic
     """What a removed share costs along each axis: one cut for each."""
     config, source = lab.config, lab.weights.shape
     base = target_shape(source, search.sized(config.target, {}))
-    floor = whole if base == source else lab.loss(lab.candidate(base))
+    floor = whole if base == source else lab.loss_of(base)
     grid = search.sizes(source, config.axes, config.target)
     increases = {
-        axis: (lab.loss(lab.candidate(shape)) - floor, removed.shares(shape)[axis])
+        axis: (lab.loss_of(shape) - floor, removed.shares(shape)[axis])
         for axis, shape in predict.alone(source, grid, config.target).items()
     }
     log.info("nats and removed share of one cut along each axis: %s", increases)
@@ -168,7 +171,7 @@ def run(config: Search) -> None:
         with Progress("cut and measure", len(record.candidates)) as progress:
             for candidate in progress.count(record.candidates):
                 if candidate.loss is None:
-                    record.note(candidate, loss=lab.loss(lab.candidate(candidate.shape)))
+                    record.note(candidate, loss=lab.loss_of(candidate.shape))
         for candidate in search.ranked(record.candidates)[: config.distill.best]:
             if candidate.recovered is None:
                 record.note(candidate, recovered=recovered(lab, candidate))

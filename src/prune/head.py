@@ -39,10 +39,11 @@ def fit(
     if config.gains:
         gain = measured_gain(streams, streams.whole, streams.cut, source.variance_epsilon)
         norm.weight.mul_(gain / float(pruned.plan.norm_gain[-1]))
-    head = pruned.head().to(device=device, dtype=streams.cut_dtype)
     if config.readers and not pruned.shape.tie_word_embeddings:
         seen_Dd = reading(streams, streams.whole, streams.cut, source, norm, config.ridge)
-        head = whole_head.to(head.dtype) @ seen_Dd
+        head = whole_head.to(streams.cut_dtype) @ seen_Dd
+    else:  # in memory of its own: what is not cut lies in the source's file
+        head = pruned.head().to(device=device, dtype=streams.cut_dtype, copy=True)
     if config.head_steps:
         parameters: dict[str, Tensor] = {**dict(layer.named_parameters()), "norm": norm.weight}
         if not pruned.shape.tie_word_embeddings:

@@ -176,8 +176,11 @@ def decoder_layer(
 
 
 def final_norm(model: Model, dtype: torch.dtype, device: torch.device | str) -> LlamaRMSNorm:
+    """The final norm, in memory of its own."""
     norm = LlamaRMSNorm(model.shape.hidden_size, eps=model.config.rms_norm_eps)
-    norm.weight = nn.Parameter(model["model.norm.weight"].to(device=device, dtype=dtype), requires_grad=False)
+    norm.weight = nn.Parameter(
+        model["model.norm.weight"].to(device=device, dtype=dtype, copy=True), requires_grad=False
+    )
     return norm
 
 

@@ -118,6 +118,26 @@ def test_every_part_brings_each_layer_closer_to_what_the_whole_one_wrote(tmp_pat
         assert record["error/tuned"] < record["error/refit"] < record["error/start"]
 
 
+@pytest.mark.parametrize("readers", [True, False])
+@pytest.mark.parametrize(
+    "target", [TargetConfig(intermediate_size=48), TargetConfig(num_hidden_layers=2), SMALL], ids=str
+)
+def test_the_whole_model_stays_as_it_is(tmp_path: Path, target: TargetConfig, readers: bool) -> None:
+    """Tensors that are not cut are views on the source's: what is fitted must lie in memory of its own."""
+    pruned = cut(tmp_path, target, tie_word_embeddings=False)
+    source = pruned.model
+
+    def tensors() -> list[Tensor]:
+        names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+        return [*(source[name] for name in names), *(t for i in range(3) for t in source.layer(i).values())]
+
+    before = [tensor.clone() for tensor in tensors()]
+    mended(
+        pruned, CompensationConfig(readers=readers, attention_steps=2, layer_steps=2, head_steps=2), tmp_path / "mended"
+    )
+    assert all(torch.equal(tensor, other) for tensor, other in zip(tensors(), before, strict=True))
+
+
 def test_steps_on_the_distributions_bring_them_closer(tmp_path: Path) -> None:
     pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
     gaps = []

@@ -21,8 +21,9 @@ from hydra import compose, initialize_config_dir
 
 from conftest import REPOSITORY, tiny_model
 from llamita import checkpoints, runs
-from llamita.data import loader, shards
-from llamita.prune import plan, search, stream, surgery
+from llamita.data import loader, shards, tokens
+from llamita.prune import mend, plan, search, stream, surgery
+from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import Scores
 from llamita.prune.target import SIZES, TargetConfig
@@ -45,8 +46,7 @@ LINE = (
 )
 
 
-UNMENDED = [f"compensation.{part}=false" for part in ("gains", "readers", "values", "writers")]
-UNMENDED += [f"compensation.{part}_steps=0" for part in ("attention", "layer", "head")]
+CLOSED = [f"compensation.{part}_steps=0" for part in ("attention", "layer", "head")]
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +91,25 @@ def finished(model: Path, data: Path) -> Path:
     return data.parent / "finished"
 
 
-def test_candidates_are_ranked_by_the_loss_of_what_the_plan_cuts(finished: Path, model: Path, data: Path) -> None:
+def test_candidates_are_ranked_by_the_loss_of_what_is_cut_and_mended(
+    finished: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
     """Brute force: every shape is cut by the library, and its loss taken on the first held-out rows."""
     weights, found = checkpoints.Weights(model), search.load(finished)
     scores = Scores.load(finished)
     split = shards.PackedData.open(data).split("validation")
     rows = list(loader.Sequential(split, batch_rows=4, max_rows=8))
+    text = list(loader.Sequential(shards.PackedData.open(data).split("train"), batch_rows=4, max_rows=16))
+    closed = CompensationConfig(attention_steps=0, layer_steps=0, head_steps=0)
+    pad = tokens.borders(checkpoints.load_tokenizer(data / "tokenizer")).pad_id
     assert len(found) == 4
     for candidate in found:
         assert candidate.costs["parameters"] == candidate.shape.num_parameters <= 100_000
         target = TargetConfig(**search.sizes_of(candidate.shape))  # type: ignore[arg-type]
         cut = surgery.Pruned(weights, plan.make(scores, weights.shape, target, ScoreConfig()))
-        assert candidate.loss == pytest.approx(stream.mean_loss(cut, rows, dtype=torch.float32), abs=1e-6)
+        mended = mend.mend(cut, text, closed, tmp_path / candidate.name, dtype=torch.float32, pad_id=pad)
+        assert candidate.loss == pytest.approx(stream.mean_loss(mended, rows, dtype=torch.float32), abs=1e-6)
+    assert not list((finished / "mended").iterdir())
     losses = [candidate.loss or 0.0 for candidate in found]
     distilled = {candidate.name for candidate in found if candidate.recovered is not None}
     assert distilled == {candidate.name for candidate in sorted(found, key=lambda c: c.loss or 0.0)[:2]}
@@ -122,7 +129,7 @@ def test_the_winner_is_the_best_behind_distillation_and_a_ready_target(finished:
     assert student.shape == best.shape
     assert best.recovered == pytest.approx(stream.mean_loss(student, rows, dtype=torch.float32), abs=1e-6)
     words = [f"--config-dir={finished}", "target=searched", f"model.path={model}", f"calibration.path={data}"]
-    words += [f"scores.path={finished}", f"out={finished.parent / 'pruned'}", *UNMENDED]
+    words += [f"scores.path={finished}", f"out={finished.parent / 'pruned'}", *CLOSED, *LINE[:2]]
     command = [sys.executable, str(REPOSITORY / "recipes/prune.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
