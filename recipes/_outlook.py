@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 import _compose
 from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
 from llamita.data import shards, sources, tokens
-from llamita.distill import loop, student
+from llamita.distill import cache_format, capture, loop, student
 from llamita.distill.engines import Precision
 from llamita.distill.teachers import Attention
 from llamita.prune.ranking import check_wanted
@@ -103,6 +105,13 @@ class World:
                 f"{setting}={path} is made by stage {path.name}, for which this stage does not wait: add it to after"
             )
 
+    def stage(self, setting: str, path: Path, outlook: Outlook) -> None:
+        """A directory that only a finished stage can have made, or that an earlier one will make."""
+        if _normal(path) in self.made:
+            self.check_order(setting, path, outlook)
+        else:
+            outlook.mistakes += checks.finished_stage(setting, path)
+
     def is_inside_made(self, path: Path) -> bool:
         """Whether it lies in the directory of another stage, so that it need not exist yet."""
         return any(parent in self.made for parent in _normal(path).parents)
@@ -159,6 +168,8 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
             _prepare(config, world, outlook)
         case "prune":
             _prune(config, world, outlook)
+        case "cache":
+            _cache(config, world, outlook)
         case "distill":
             _distill(config, world, outlook)
         case "evaluate":
@@ -418,6 +429,30 @@ def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: R
     return checks.same_tokens(model, shape.vocab_size, world.tokenizer(path), data, rows.vocab_size, made_with)
 
 
+def _cache(config: Any, world: World, outlook: Outlook) -> None:
+    rows = world.rows("data.path", config.data.path, outlook)
+    outlook.may_change = capture.MAY_CHANGE
+    outlook.processes = world.processes
+    if (shape := world.model("teacher.path", config.teacher.path, outlook)) is None:
+        return
+    outlook.mistakes += _same_tokens("teacher.path", config.teacher.path, shape, "data.path", rows, world)
+    outlook.mistakes += checks.errors_of(lambda: cache_format.check_fits(shape.vocab_size, config.samples_per_token))
+    half = config.teacher.precision.dtype(torch.device("cuda" if world.hardware.is_gpu else "cpu")) is torch.bfloat16
+    tokens = rows.sequence_length * sum(rows.rows.get(split, 0) for split in config.data.splits)
+    weights = (2 if half else 4) * shape.num_parameters
+    chunk = (config.chunk_mebibytes or capture.default_chunk_mebibytes(on_cpu=not world.hardware.is_gpu)) * 2**20
+    outlook.parameters = {"teacher": shape.num_parameters}
+    outlook.memory = {"teacher, weights": weights, "distributions": chunk}
+    outlook.flops = {"teacher, forward": tokens * shape.forward_flops_per_token(rows.sequence_length / 2)}
+    outlook.read_bytes = float(weights)
+    entries = min(capture.USUAL_ENTRIES, config.samples_per_token)
+    outlook.disk = {"entries": float(cache_format.ENTRY_BYTES * entries * tokens), "lengths": float(tokens)}
+    outlook.notes.append(
+        f"{entries} entries per token are assumed, for a teacher of billions of weights; a weak one needs up to three "
+        f"times as many, and never more than samples_per_token={config.samples_per_token}"
+    )
+
+
 def _distill(config: Any, world: World, outlook: Outlook) -> None:
     rows = world.rows("data.path", config.data.path, outlook)
     student = _student(config, rows, world, outlook)
@@ -427,6 +462,9 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
         outlook.mistakes += runs.names({"teachers": name})
         if name == "student":
             outlook.mistakes.append("teachers.student: a teacher must not have the name of the student")
+        if teacher.cache is not None:
+            world.stage(f"teachers.{name}.cache", teacher.cache, outlook)
+            continue  # it is not run, whatever stands beside it
         paths[name] = teacher.path
         shapes[name] = world.model(f"teachers.{name}.path", teacher.path, outlook)
     _agree(paths, shapes, rows, world, outlook)

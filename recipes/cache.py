@@ -88,7 +88,7 @@ class Inputs:
         teachers.check_vocabularies(
             teachers.Vocabulary(self.data.vocab_size, self.data.tokenizer_hash, owner), [self.vocabulary]
         )
-        cache_format.check_fits(self.vocabulary.size, config.samples_per_token)
+        cache_format.check_fits(self.data.vocab_size, config.samples_per_token)
         self.rows_per_shard = max(1, config.shard_tokens // self.data.sequence_length)
         self.shards = capture.shards({name: len(split) for name, split in self.splits.items()}, self.rows_per_shard)
 
@@ -98,7 +98,7 @@ class Inputs:
             teacher=checkpoints.content_hash(config.teacher.path),
             tokenizer=self.vocabulary.tokenizer_hash,
             data=self.data.content_hash,
-            vocab_size=self.vocabulary.size,
+            vocab_size=self.data.vocab_size,
             dtype=str(config.teacher.precision.dtype(device)).removeprefix("torch."),
             temperature=config.temperature,
             sampler=config.sampler,

@@ -101,7 +101,6 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
             *(teachers.Vocabulary.of_model(path, name) for name, path in models(config).items()),
             *(teachers.Vocabulary(made.vocab_size, made.tokenizer, owner) for made, owner in stored),
         ],
-        student_size=None if config.student.path else data.vocab_size,
     )
     llama = student.llama_config(
         config.student,
@@ -131,7 +130,7 @@ def train(config: Distill, this: runs.Run) -> None:
         # DeepSpeed itself brings to the device what stays there.
         device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
     )
-    engine = engines.build(accelerator, model, config.loss, config.optim, config)
+    engine = engines.build(accelerator, model, config.loss, config.optim, config, vocabulary=data.vocab_size)
     split = data.split("train")
     source = loader.Loader(
         split,

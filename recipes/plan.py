@@ -31,6 +31,7 @@ class Recipe(StrEnum):
 
     prepare = "prepare"
     prune = "prune"
+    cache = "cache"
     distill = "distill"
     evaluate = "evaluate"
     report = "report"

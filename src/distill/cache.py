@@ -54,6 +54,7 @@ class Identity:
     data: str
     """Content hash of the packed rows."""
     vocab_size: int
+    """Ids of the data; what rows the teacher's head has beyond them is padding."""
     dtype: str
     """In which the teacher ran."""
     temperature: float

@@ -56,7 +56,7 @@ def check_fits(vocab_size: int, samples: int) -> None:
     """
     if vocab_size > MOST_IDS:
         raise ValueError(
-            f"the teacher has a vocabulary of {vocab_size}, an entry of {ENTRY_BYTES} bytes holds ids below {MOST_IDS}"
+            f"the data has a vocabulary of {vocab_size}, an entry of {ENTRY_BYTES} bytes holds ids below {MOST_IDS}"
         )
     if not 1 <= samples <= MOST_SAMPLES:
         raise ValueError(f"samples_per_token must be in 1..{MOST_SAMPLES}, which 6 bits can count, got {samples}")

@@ -70,8 +70,15 @@ class CaptureConfig:
         cache_format.check_fits(1, self.samples_per_token)
 
 
+USUAL_ENTRIES = 12
+"""Per token at 50 samples, as the authors of Random Sampling KD report (arXiv:2503.16870); measure with a few rows."""
 MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""
+
+
+def default_chunk_mebibytes(*, on_cpu: bool) -> int:
+    """Memory for distributions where none is set."""
+    return 64 if on_cpu else 2048
 
 
 def claim(out: Path, identity: Identity) -> None:
@@ -132,7 +139,7 @@ class Capture:
         """With the teacher in ``path``, in the dtype of the identity, on ``device``."""
         dtype = checkpoints.dtype_named(identity.dtype)
         teacher = ResidentTeacher.load("teacher", path, 1.0, dtype=dtype, device=device, attention=attention)
-        budget = chunk_mebibytes or (64 if device.type == "cpu" else 2048)
+        budget = chunk_mebibytes or default_chunk_mebibytes(on_cpu=device.type == "cpu")
         return cls(teacher, identity, device, attention, budget)
 
     def records(self, batch: Batch) -> Iterator[tuple[Slice, Record]]:
@@ -149,7 +156,7 @@ class Capture:
                 identity.seed, one.key, one.length, number
             )
         draws = samplers.sample(
-            self._states(batch, picked_BS),
+            self.states(batch, picked_BS),
             identity.sampler,
             identity.samples_per_token,
             torch.from_numpy(uniform_BSK[:, :-1][picked_BS.numpy()]).to(self.device),
@@ -181,13 +188,14 @@ class Capture:
         return cache_format.targets((rows, length), list(self.records(batch)), self.identity.samples_per_token)
 
     @torch.no_grad()
-    def _states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
-        """Hidden states of the supervised positions, ``[N, E]``."""
+    def states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
+        """Hidden states of the supervised positions, ``[N, E]``, and the head without the rows that are no ids."""
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
         mask = document_mask(on_device["position_ids"]) if self.attention is Attention.sdpa else None
         states = self.teacher.states(on_device, mask)
         assert isinstance(states, TeacherStates)
-        return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], states.head)
+        head_VE = states.head[: self.identity.vocab_size]
+        return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], head_VE)
 
     def write(self, shard: Shard, batches: Iterable[Batch], out: Path) -> dict[str, int]:
         """Publish a shard, which no other process may be writing; returns how much it holds."""

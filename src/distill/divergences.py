@@ -70,13 +70,14 @@ class Rows:
     """``[C]`` for each teacher, at T."""
 
 
-SCRATCH_BUFFERS = 8
-"""At most so many tensors of ``[R, V]`` exist at once, besides the logits and two more for each teacher."""
+def scratch_buffers(num_teachers: int) -> int:
+    """At most so many tensors of ``[R, V]`` exist at once, besides the logits."""
+    return 8 + 2 * num_teachers
 
 
 def evaluate(
     logits_CV: Tensor,
-    teachers_CV: Sequence[Tensor],
+    teachers_CV: Tensor,
     labels_C: Tensor,
     objective: Objective,
     slope_CV: Tensor | None,
@@ -85,12 +86,12 @@ def evaluate(
 ) -> Rows:
     """Sums over the chunk; the derivative by the student's logits goes to ``slope_CV``, which may be the logits.
 
-    Overwrites all logits.
+    ``teachers_CV`` is ``[number of teachers, C, V]``. Overwrites all logits.
     """
     parts = [
         _evaluate(
             logits_CV[start : start + rows_at_once],
-            [one[start : start + rows_at_once] for one in teachers_CV],
+            teachers_CV[:, start : start + rows_at_once],
             labels_C[start : start + rows_at_once],
             objective,
             None if slope_CV is None else slope_CV[start : start + rows_at_once],
@@ -107,7 +108,7 @@ def evaluate(
 
 def _evaluate(
     logits_RV: Tensor,
-    teachers_RV: Sequence[Tensor],
+    teachers_RV: Tensor,
     labels_R: Tensor,
     objective: Objective,
     slope_RV: Tensor | None,
@@ -131,8 +132,8 @@ def _evaluate(
         log_ps = [functional.log_softmax(one if temperature == 1 else one.div_(temperature), -1) for one in teachers_RV]
         teachers_log_z = [_log_z(one, log_p) for one, log_p in zip(teachers_RV, log_ps, strict=True)]
         slope = _add_divergence(sums, q, log_q, log_ps, objective, slope_RV is not None) if log_ps else q
-        if slope is not None:
-            slope.mul_(temperature * (1 - ce_weight))
+        if slope is not None and (factor := temperature * (1 - ce_weight)) != 1:
+            slope.mul_(factor)
     if slope_RV is None:
         return Rows(sums, log_z, log_z1, teachers_log_z)
     if q1 is not None and ce_weight > 0:
@@ -173,7 +174,8 @@ def _mixture(log_ps: list[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dtype=torch.float64)
+    """Sum of products; each row by one call that makes no tensor of products, the rows in float64."""
+    return torch.bmm(a[:, None], b[:, :, None]).sum(dtype=torch.float64)
 
 
 def divergence(

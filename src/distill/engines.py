@@ -230,20 +230,35 @@ class LossHead(nn.Linear):
 class Student(nn.Module):
     """The student with its loss: one forward gives the summed loss and the summed statistics of a micro-batch."""
 
-    def __init__(self, student: LlamaForCausalLM, loss: LossConfig, dtype: torch.dtype, *, autocast: bool) -> None:
+    def __init__(
+        self,
+        student: LlamaForCausalLM,
+        loss: LossConfig,
+        dtype: torch.dtype,
+        *,
+        autocast: bool,
+        vocabulary: int | None = None,
+    ) -> None:
         super().__init__()
         LossHead.replace(student)
         self.student = student
         self.loss = loss
         self.dtype = dtype
         self.autocast = autocast
+        self.vocabulary = vocabulary
 
     def forward(self, work: MicroBatch, measure: bool) -> tuple[Tensor, Tensor]:
         labels = work.batch["labels"]
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             hidden = last_hidden(self.student, work.batch, work.mask)
         loss, sums = self.student.lm_head(
-            hidden, labels, work.teachers, self.loss, compute_dtype=self.dtype, measure=measure
+            hidden,
+            labels,
+            work.teachers,
+            self.loss,
+            compute_dtype=self.dtype,
+            measure=measure,
+            vocabulary=self.vocabulary,
         )
         return loss, sums
 
@@ -285,8 +300,13 @@ def build(
     loss: LossConfig,
     optim_config: optim.OptimConfig,
     config: EngineConfig,
+    *,
+    vocabulary: int | None = None,
 ) -> Engine:
-    """The engine for this launch. ``student``, float32, is taken over: moved to the device, its head replaced."""
+    """The engine for this launch. ``student``, float32, is taken over: moved to the device, its head replaced.
+
+    Rows of heads beyond ``vocabulary``, where it is given, are padding and no ids.
+    """
     sharded = accelerator.deepspeed_plugin is not None
     dtype = config.precision.dtype(accelerator.device)
     if config.activation_checkpointing:
@@ -297,7 +317,7 @@ def build(
     if config.compile:
         student.model.compile()
     student.train()
-    module = Student(student, loss, dtype, autocast=dtype is torch.bfloat16 and not sharded)
+    module = Student(student, loss, dtype, autocast=dtype is torch.bfloat16 and not sharded, vocabulary=vocabulary)
     if sharded:
         return Sharded(accelerator, module, optim_config)
     return Replicated(accelerator, module, optim_config)

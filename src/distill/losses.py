@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from llamita.distill import divergences, sparse
-from llamita.distill.divergences import CE, KD, KL, Divergence, Objective
-from llamita.distill.sparse import Entries, SparseTargets, Stored
+from llamita.distill import sparse
+from llamita.distill.divergences import Divergence, Objective
+from llamita.distill.fused import FusedLoss, Job
+from llamita.distill.sparse import SparseTargets
 
 IGNORE = -100
 """The label of a position where nothing is to be predicted, as everywhere in Hugging Face."""
@@ -42,7 +41,7 @@ class LossConfig:
     skew: float = 0.1
     """The share a that a skewed divergence mixes in."""
     chunk_mebibytes: int | None = None
-    """Memory for the logits at any time; unset: 1024 on an accelerator, 8 on a CPU, where chunks should fit a cache."""
+    """Memory for the logits at any time and what is made of them; unset: 1024 on an accelerator, 128 on a CPU."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or math.isinf(self.temperature):
@@ -131,6 +130,7 @@ def supervised(labels_BS: Tensor) -> Tensor:
     return labels_BS[:, 1:] != IGNORE
 
 
+@torch.compiler.disable
 def distillation_loss(
     hidden_BSH: Tensor,
     head_VH: Tensor,
@@ -140,6 +140,7 @@ def distillation_loss(
     *,
     compute_dtype: torch.dtype | None = None,
     measure: bool = True,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss summed over supervised positions, and the sums that :func:`statistics` names.
 
@@ -149,177 +150,48 @@ def distillation_loss(
     Entropies, agreement and the KL to each teacher are zeros without ``measure``. Nothing is divided by a count: only
     the caller knows how many tokens the whole optimiser step holds.
 
+    Of every head only the first ``vocabulary`` rows are ids; the others, padding, have no probability and no gradient.
+    ``None``: all rows are ids.
+
     Raises:
-        ValueError: there are sparse targets, and the divergence is not the forward KL or a label has none.
+        ValueError: heads do not fit each other or ``vocabulary``; there are sparse targets, and the divergence is not
+            the forward KL or a label has none.
     """
+    dense = [teacher for teacher in teachers if isinstance(teacher, TeacherStates)]
+    stored = [teacher for teacher in teachers if isinstance(teacher, SparseTargets)]
+    if stored:
+        config.check_sparse("with sparse targets", config.temperature)
     picked_BS = supervised(labels_BS)
-    job = _Job.of(labels_BS, picked_BS, teachers, config, compute_dtype or head_VH.dtype, measure)
-    loss, sums = _FusedLoss.apply(hidden_BSH[:, :-1][picked_BS], head_VH, job)  # type: ignore[no-untyped-call]
-    return loss, sums
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the loss needs besides the two tensors that it is differentiated by."""
-
-    labels: Tensor
-    dense: list[TeacherStates]
-    """Teachers that give hidden states, here ``[N, E]``."""
-    entries: list[Entries]
-    """Those of each teacher that gives sparse targets."""
-    entry_shares: list[float]
-    is_sparse: list[bool]
-    """For each teacher in the order in which they were given."""
-    objective: Objective
-    compute_dtype: torch.dtype
-    chunk_mebibytes: int | None
-
-    @classmethod
-    def of(
-        cls,
-        labels_BS: Tensor,
-        picked_BS: Tensor,
-        teachers: Sequence[Targets],
-        config: LossConfig,
-        compute_dtype: torch.dtype,
-        measure: bool,
-    ) -> _Job:
-        """Pick the supervised positions of everything, and divide the weights by their sum."""
-        total = sum(teacher.weight for teacher in teachers)
-        dense = [
-            TeacherStates(teacher.hidden[:, :-1][picked_BS], teacher.head, teacher.weight / total)
-            for teacher in teachers
-            if isinstance(teacher, TeacherStates)
-        ]
-        stored = [teacher for teacher in teachers if isinstance(teacher, SparseTargets)]
-        if stored:
-            config.check_sparse("targets", config.temperature)
-        objective = Objective(
+    total = sum(teacher.weight for teacher in teachers)
+    job = Job(
+        labels=labels_BS[:, 1:][picked_BS],
+        dense=[(teacher.hidden[:, :-1][picked_BS], teacher.head) for teacher in dense],
+        entries=[sparse.pick(teacher, picked_BS) for teacher in stored],
+        entry_shares=[teacher.weight / total for teacher in stored],
+        is_sparse=[isinstance(teacher, SparseTargets) for teacher in teachers],
+        objective=Objective(
             divergence=config.divergence,
             temperature=config.temperature if teachers else 1.0,
             ce_weight=config.ce_weight if teachers else 1.0,
             jsd_beta=config.jsd_beta,
             skew=config.skew,
-            shares=tuple(teacher.weight for teacher in dense),
+            shares=tuple(teacher.weight / total for teacher in dense),
             has_teacher=bool(teachers),
             measure=measure,
-        )
-        return cls(
-            labels_BS[:, 1:][picked_BS],
-            dense,
-            [sparse.pick(teacher, picked_BS) for teacher in stored],
-            [teacher.weight / total for teacher in stored],
-            [isinstance(teacher, SparseTargets) for teacher in teachers],
-            objective,
-            compute_dtype,
-            config.chunk_mebibytes,
-        )
-
-    def chunk_rows(self, vocabulary: int, device: torch.device, element_bytes: int) -> tuple[int, int]:
-        """Rows whose logits fit the byte budget, and how many of them to work on at once.
-
-        What the work needs on the way takes at most half of the budget, and on a CPU stays small enough for a cache.
-        """
-        on_cpu = device.type == "cpu"
-        budget = (self.chunk_mebibytes or (64 if on_cpu else 1024)) * 2**20
-        row = vocabulary * element_bytes
-        scratch = (divergences.SCRATCH_BUFFERS + 2 * len(self.dense)) * row
-        rows_at_once = max(1, min(budget // 2, 2**23 if on_cpu else budget) // scratch)
-        return max(1, (budget - rows_at_once * scratch) // ((1 + len(self.dense)) * row)), rows_at_once
-
-    def select(self, sums: Tensor, soft_ce: Tensor) -> Tensor:
-        """The sums that :func:`statistics` names, in its order."""
-        if not self.is_sparse:
-            return sums[: CE + 2]
-        whole = sums[: KD + 1] if self.entries else sums[:KL]
-        kls, soft = iter(sums[KL:]), iter(soft_ce)
-        return torch.cat([whole, *(next(soft if is_sparse else kls)[None] for is_sparse in self.is_sparse)])
+        ),
+        compute_dtype=compute_dtype or head_VH.dtype,
+        vocabulary=_vocabulary(vocabulary, [head_VH, *(teacher.head for teacher in dense)]),
+        chunk_mebibytes=config.chunk_mebibytes,
+    )
+    loss, sums = FusedLoss.apply(hidden_BSH[:, :-1][picked_BS], head_VH, job)  # type: ignore[no-untyped-call]
+    return loss, sums
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Loss and both gradients in one pass over chunks of positions."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
-            return _FusedLoss._forward(ctx, hidden_NH, head_VH, job)
-
-    @staticmethod
-    def _forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(job.compute_dtype, torch.float32)
-        head = head_VH.to(job.compute_dtype)
-        rows, rows_at_once = job.chunk_rows(head_VH.shape[0], hidden_NH.device, exact.itemsize)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
-        grad_head = torch.zeros_like(head_VH, dtype=exact) if wants_head else None
-        sums = hidden_NH.new_zeros(KL + len(job.dense), dtype=torch.float64)
-        soft_ce = sums.new_zeros(len(job.entries))
-        stored = Stored.of(
-            job.entries, job.entry_shares, rows, len(hidden_NH), len(head), measure=job.objective.measure
-        )
-        for number, start in enumerate(range(0, len(hidden_NH), rows)):
-            chunk = slice(start, start + rows)
-            hidden_CH, labels_C = hidden_NH[chunk].to(job.compute_dtype), job.labels[chunk]
-            teachers_CV = [project(t.hidden[chunk], t.head, exact) for t in job.dense]
-            logits_CV = project(hidden_CH, head, exact)
-            slope_CV = logits_CV if wants_hidden or wants_head else None
-            taken = stored.take(number, logits_CV, teachers_CV)
-            found = divergences.evaluate(
-                logits_CV, teachers_CV, labels_C, job.objective, slope_CV, rows_at_once=rows_at_once
-            )
-            sums += found.sums
-            if taken is not None:
-                added, soft = taken.finish(found, labels_C, job.objective, slope_CV)
-                sums[KD] += added
-                soft_ce += soft
-            if slope_CV is None:
-                continue
-            if grad_hidden is not None:
-                grad_hidden[chunk] = _matmul(slope_CV, head, exact)
-            if grad_head is not None:
-                _add_matmul(grad_head, slope_CV.T, hidden_CH)
-        sums[KD] *= job.objective.temperature**2
-        c = job.objective.ce_weight
-        loss = c * sums[CE] + (1 - c) * sums[KD]
-        ctx.gradients = (grad_hidden, grad_head)
-        ctx.dtype = head_VH.dtype
-        chosen = job.select(sums, soft_ce)
-        ctx.mark_non_differentiable(chosen)
-        return loss.to(exact), chosen
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # Scaled in place: the head's gradient of a real vocabulary takes a gigabyte. So it can be taken only once.
-        grad_hidden, grad_head = ctx.gradients
-        ctx.gradients = None
-        if grad_hidden is not None:
-            grad_hidden.mul_(scale)
-        if grad_head is not None:
-            grad_head = grad_head.mul_(scale).to(ctx.dtype)
-        return grad_hidden, grad_head, None
-
-
-def project(hidden_CH: Tensor, head_VH: Tensor, exact: torch.dtype) -> Tensor:
-    """Logits ``[C, V]`` in ``exact``, accumulated at that precision."""
-    return _matmul(hidden_CH.to(head_VH.dtype), head_VH.T, exact)
-
-
-def _matmul(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    """``a @ b`` in the dtype of ``b`` with a result in ``exact``."""
-    if b.dtype == exact:
-        return a.to(exact) @ b
-    if a.is_cuda:
-        return torch.mm(a.to(b.dtype), b, out_dtype=exact)
-    # No kernel for the CPU takes bfloat16 in and gives float32 out; the product of two bfloat16 is exact in float32.
-    return a.to(b.dtype).to(exact) @ b.to(exact)
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, accumulated in the dtype of ``total``."""
-    if b.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
-    else:
-        total += _matmul(a, b, total.dtype)
+def _vocabulary(given: int | None, heads: Sequence[Tensor]) -> int:
+    """How many rows of the heads are ids."""
+    rows = [len(head) for head in heads]
+    if given is None and len(set(rows)) > 1:
+        raise ValueError(f"the heads of student and teachers have {rows} rows: say how many of them are ids")
+    if given is not None and given > min(rows):
+        raise ValueError(f"the heads of student and teachers have {rows} rows, fewer than the {given} ids")
+    return given or rows[0]

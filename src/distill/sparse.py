@@ -9,7 +9,7 @@ M = entries of any number of positions, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,7 @@ class Gathered:
     teachers: list[Tensor]
 
     @classmethod
-    def at(cls, entries: Entries, logits_CV: Tensor, teachers_CV: Sequence[Tensor]) -> Gathered:
+    def at(cls, entries: Entries, logits_CV: Tensor, teachers_CV: Iterable[Tensor]) -> Gathered:
         """Gather from the student's and the dense teachers' logits."""
         where = (entries.rows, entries.ids)
         return cls(logits_CV[where], [one[where] for one in teachers_CV])
@@ -166,7 +166,7 @@ class Stored:
         mixture = merge(entries, shares, vocabulary).chunks(rows, num_rows)
         return cls(mixture, [one.chunks(rows, num_rows) for one in entries] if measure else [])
 
-    def take(self, number: int, logits_CV: Tensor, teachers_CV: Sequence[Tensor]) -> Taken | None:
+    def take(self, number: int, logits_CV: Tensor, teachers_CV: Iterable[Tensor]) -> Taken | None:
         """What the chunk of this number needs once its logits are overwritten."""
         if not self.mixture:
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +137,10 @@ def test_what_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path, made: Path
             return super().rows(indices)
 
     asked = {**rows, "train": Stopping(rows["train"].data)}
-    with pytest.raises(runs.Stopped), runs.start(out, "cache", {}, runs.RunConfig()) as run:
+    with runs.start(out, "cache", {}, runs.RunConfig()) as run:
         capture.claim(out, teacher.identity)
-        capture.capture_all(teacher, planned, asked, run, out, batch_rows=4)
+        with pytest.raises(runs.Stopped):
+            capture.capture_all(teacher, planned, asked, run, out, batch_rows=4)
     assert [path.name for path in (out / "shards").iterdir()] == ["train-00000"]
     assert capture.missing(out, planned) == planned[1:]
     (out / "shards/.tmp-train-00001-dead").mkdir()
@@ -166,8 +166,8 @@ def test_the_distance_of_targets_is_their_total_variation() -> None:
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Iterator[Path]:
-    yield Path(shutil.copytree(made, tmp_path / "copy"))
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,10 @@ def test_a_mask_rule_or_format_that_is_not_known_is_refused(field: str, copy: Pa
 def test_a_missing_or_short_shard_is_refused_when_it_is_opened(copy: Path) -> None:
     entries = copy / "shards/train-00001/entries.bin"
     os.truncate(entries, entries.stat().st_size - 1)
-    with pytest.raises(ValueError, match="train-00001/entries.bin has .* bytes"):
+    with pytest.raises(ValueError, match=r"train-00001/entries.bin has .* bytes"):
         Cache.open(copy)
     shutil.rmtree(entries.parent)
-    with pytest.raises(ValueError, match="train-00001/.* has None bytes"):
+    with pytest.raises(ValueError, match=r"train-00001/.* has None bytes"):
         Cache.open(copy)
     (copy / "DONE.json").unlink()
     with pytest.raises(ValueError, match=r"has no DONE.json"):
@@ -218,7 +218,7 @@ def test_a_changed_byte_is_found_before_training_and_while_reading(
     with pytest.raises(ValueError, match="is not what was written"):
         cache.check_content()
     if name == "entries":
-        with pytest.raises(ValueError, match="slice .* is not what was written"):
+        with pytest.raises(ValueError, match=r"slice .* is not what was written"):
             cache.lookup(stored.splits()["train"].rows(np.arange(16)))
 
 
@@ -231,7 +231,7 @@ def test_rows_that_are_not_cached_are_refused(made: Path) -> None:
         cache.check_covers({"train": foreign}, "foreign")
     with pytest.raises(ValueError, match="holds train, validation and lacks the split test"):
         cache.check_covers({"test": rows["train"]}, "toy")
-    with pytest.raises(ValueError, match="has nothing for a document of .* tokens"):
+    with pytest.raises(ValueError, match=r"has nothing for a document of .* tokens"):
         cache.lookup(foreign.rows(np.arange(5)))
 
 

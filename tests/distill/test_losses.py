@@ -17,7 +17,7 @@ from llamita.distill.losses import IGNORE, Divergence, LossConfig, TeacherStates
 
 
 def chunked(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("llamita.distill.losses._Job.chunk_rows", lambda *_: (rows, max(1, rows // 2)))
+    monkeypatch.setattr("llamita.distill.fused.Job.chunk_rows", lambda *_: (rows, max(1, rows // 2)))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

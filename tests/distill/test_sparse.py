@@ -65,7 +65,7 @@ def test_where_everything_is_stored_a_sparse_teacher_is_the_dense_one(
     sparse: set[int], temperature: float, ce_weight: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """K = V; alone, and in mixtures with dense and other sparse teachers."""
-    monkeypatch.setattr("llamita.distill.losses._Job.chunk_rows", lambda *_: (rows, max(1, rows // 2)))
+    monkeypatch.setattr("llamita.distill.fused.Job.chunk_rows", lambda *_: (rows, max(1, rows // 2)))
     hidden, head, labels, teachers = example(max(sparse) + 1)
     config = LossConfig(temperature=temperature, ce_weight=ce_weight)
     expected, _ = oracle(hidden, head, labels, teachers, config)
@@ -82,7 +82,7 @@ def test_where_everything_is_stored_a_sparse_teacher_is_the_dense_one(
 def test_the_gradient_is_q_minus_t_whatever_t_sums_to(
     num_sparse: int, with_dense: bool, temperature: float, ce_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.distill.losses._Job.chunk_rows", lambda *_: (4, 3))
+    monkeypatch.setattr("llamita.distill.fused.Job.chunk_rows", lambda *_: (4, 3))
     hidden, head, labels, teachers = example()
     config = LossConfig(temperature=temperature, ce_weight=ce_weight)
     given = [some(seed, weight=1.0 + seed) for seed in range(num_sparse)]

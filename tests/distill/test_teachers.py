@@ -84,16 +84,12 @@ def test_a_teacher_gives_no_gradient_and_its_head_makes_its_logits() -> None:
 def test_ids_must_mean_the_same_to_data_student_and_teachers() -> None:
     data = Vocabulary(100, "same", "data")
     student = Vocabulary(104, "same", "student")
-    check_vocabularies(data, [student, Vocabulary(104, "same", "big")])
+    check_vocabularies(data, [student, Vocabulary(128, "same", "big")])
     check_vocabularies(data, [])
     with pytest.raises(ValueError, match="tokenizer of big is not that of data"):
         check_vocabularies(data, [student, Vocabulary(104, "other", "big")])
-    with pytest.raises(ValueError, match="big has a vocabulary of 100, student of 104"):
-        check_vocabularies(data, [student, Vocabulary(100, "same", "big")])
     with pytest.raises(ValueError, match="small has a vocabulary of 90, data uses 100 ids"):
         check_vocabularies(data, [Vocabulary(90, "same", "small")])
-    with pytest.raises(ValueError, match="big has a vocabulary of 104, the student of 100"):
-        check_vocabularies(data, [Vocabulary(104, "same", "big")], student_size=100)
 
 
 def test_a_share_goes_straight_from_its_begin_to_its_end() -> None:

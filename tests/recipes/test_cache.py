@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from conftest import REPOSITORY
 from llamita import checkpoints, locks, runs
@@ -214,7 +216,8 @@ def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
     teacher: Path, data: Path, recipe: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     module = recipe("cache")
-    config = settings(module, teacher, data, tmp_path / "out", data=module.DataConfig(path=data, splits=["test"]))
+    config = settings(module, teacher, data, tmp_path / "out")
+    config.data.splits = ["test"]
     with pytest.raises(ValueError, match=r"data.splits must be among train, validation, got test"):
         module.run(config)
     assert not (tmp_path / "out").exists()
@@ -223,6 +226,58 @@ def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
 def test_a_teacher_needs_a_path_or_a_cache() -> None:
     with pytest.raises(ValueError, match="needs path, or cache, or both"):
         TeacherConfig()
+
+
+def test_a_job_of_a_slurm_array_is_one_of_its_workers(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, found = recipe("cache"), []
+    for task in ("", "3"):
+        if task:
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+            monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "16")
+        with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+            cfg = compose("cache", overrides=["teacher.path=a", "data.path=b", "out=c"])
+        config = sys.modules["_main"].settings(cfg, module.Cache)
+        found.append((config.worker, config.workers))
+    assert found == [(0, 1), (3, 16)]
+
+
+def planned(
+    module: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words, "format=json", "hardware=cpu"])
+    capsys.readouterr()
+    with contextlib.suppress(ValueError):  # the mistakes are in what is printed
+        module.main()
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_a_plan_tells_the_bytes_of_a_cache_and_takes_one_for_a_teacher(
+    made: Path,
+    teacher: Path,
+    data: Path,
+    recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, out = recipe("plan"), f"out={tmp_path / 'out'}"
+    words = ("recipe=cache", f"teacher.path={teacher}", f"data.path={data}", out)
+    answer = planned(module, capsys, monkeypatch, *words)
+    assert answer["mistakes"] == []
+    (stage,) = answer["stages"]
+    tokens = runs.check_done(made)["summary"]["tokens"]
+    assert 36 * tokens <= stage["disk_bytes"]["entries"] < 1.2 * 36 * tokens
+    refused = planned(module, capsys, monkeypatch, *words, "data.path=nowhere", "samples_per_token=64")
+    assert any("samples_per_token must be in 1..63" in mistake for mistake in refused["mistakes"])
+    words = ("recipe=distill", f"student.path={teacher}", f"data.path={data}", out)
+    answer = planned(module, capsys, monkeypatch, *words, f"teachers.big.cache={made}")
+    assert answer["mistakes"] == []
+    assert answer["stages"][0]["parameters"].keys() == {"student"}
+    answer = planned(module, capsys, monkeypatch, *words, f"teachers.big.cache={tmp_path / 'none'}")
+    assert answer["mistakes"] == [f"teachers.big.cache={tmp_path / 'none'} does not exist"]
 
 
 def command(*launcher: str, overrides: dict[str, Any]) -> list[str]:
