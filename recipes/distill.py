@@ -117,6 +117,7 @@ def train(config: Distill, this: runs.Run) -> None:
         llama,
         seed=config.run.seed,
         attention=config.attention,
+        resting=dtype,
         # DeepSpeed itself brings to the device what stays there.
         device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
     )

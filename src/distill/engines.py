@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
-from llamita.distill import optim
+from llamita.distill import lora, optim
 from llamita.distill.losses import LossConfig, TeacherStates, distillation_loss
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
@@ -331,8 +331,9 @@ class Replicated:
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = accelerator.prepare_model(module.to(accelerator.device))
         self.student = module.student
-        self.checkpoint_bytes = 3 * 4 * _numel(module)
+        self.checkpoint_bytes = 3 * 4 * _numel(_trained(module))
         self.optimizer = optim.adamw(module, config)
+        self.trained = _trained(module.student)
         self.config = config
         self.main = accelerator.is_main_process
 
@@ -360,11 +361,11 @@ class Replicated:
     def save(self, folder: Path) -> list[str]:
         if not self.main:
             return []
-        checkpoints.save_tensors(dict(self.student.named_parameters()), folder / "weights.safetensors", {})
+        checkpoints.save_tensors(self.trained, folder / "weights.safetensors", {})
         runs.crash_point("mid_checkpoint")
         state = {
             f"{name}/{key}": value
-            for name, parameter in self.student.named_parameters()
+            for name, parameter in self.trained.items()
             for key, value in self.optimizer.state[parameter].items()
         }
         checkpoints.save_tensors(state, folder / "optimizer.safetensors", {})
@@ -377,7 +378,7 @@ class Replicated:
             safe_open(folder / "optimizer.safetensors", "pt") as moments,
         ):
             stored = set(moments.keys())
-            for name, parameter in self.student.named_parameters():
+            for name, parameter in self.trained.items():
                 parameter.copy_(weights.get_tensor(name))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in stored]
                 self.optimizer.state[parameter] = {
@@ -385,8 +386,7 @@ class Replicated:
                 }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.student.named_parameters():
-            yield name, parameter.detach()
+        yield from lora.tensors(self.student)
 
 
 class Sharded:
@@ -397,7 +397,8 @@ class Sharded:
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
         self.rank = accelerator.process_index
-        self.checkpoint_bytes = 4 * 4 * _numel(module)  # weights in the precision of the layers too
+        self.has_frozen = not all(parameter.requires_grad for parameter in module.parameters())
+        self.checkpoint_bytes = 4 * 4 * _numel(_trained(module))  # weights in the precision of the layers too
         self.engine, _ = accelerator.prepare(module, optim.adamw(module, config))
         # The engine casts every buffer too, and rotary frequencies in bfloat16 are wrong from the third digit on.
         rotary = type(self.student.model.rotary_emb)(self.student.config)
@@ -423,7 +424,7 @@ class Sharded:
 
     def save(self, folder: Path) -> list[str]:
         try:
-            self.engine.save_checkpoint(str(folder), tag="deepspeed")
+            self.engine.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=self.has_frozen)
         except RuntimeError as error:
             # torch says no more than this of a write that the system refused.
             if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
@@ -435,21 +436,24 @@ class Sharded:
 
     def load(self, folder: Path) -> None:
         # DeepSpeed unpickles: only files whose hashes are those in this run's own manifest come here.
-        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        strict = not self.has_frozen
+        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=strict)
         if path is None:
             raise ValueError(f"DeepSpeed finds nothing to load in {folder}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
-        for name, parameter in self.student.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                tensor = parameter.detach().clone()
-            yield name, tensor
+        yield from lora.tensors(self.student, deepspeed.zero.GatheredParameters)
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimiser moves and a checkpoint holds, by name; the rest is as the student's directory has it."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _numel(parameters: dict[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 @contextmanager

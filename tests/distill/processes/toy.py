@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
-from llamita.distill import engines, loop, optim
+from llamita.distill import engines, loop, lora, optim
 from llamita.distill.losses import IGNORE, LossConfig
 from llamita.distill.teachers import ResidentTeacher
 
@@ -46,6 +46,13 @@ def model(seed: int, *, hidden: int = 16, tied: bool = True, **overrides: Any) -
         **overrides,
     }
     return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def adapted(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
+    """A model whose weights rest, with adapters."""
+    student = model(seed)
+    lora.adapt(student, lora.LoraConfig(**{"rank": 4, **changes}), seed=3)
+    return student
 
 
 def rows(count: int, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
