@@ -467,7 +467,7 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
         rows_per_step=config.global_batch_rows,
         sequence_length=rows.sequence_length,
         steps=config.steps,
-        packed=config.attention is not Attention.flash_attention_2,
+        packed=config.attention in (Attention.sdpa, Attention.eager),
         recompute=config.activation_checkpointing,
         chunk_bytes=mebibytes * 2**20,
         checkpoint_every=config.checkpoint_every,

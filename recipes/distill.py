@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import engines, loop, losses, optim, state, student, teachers
+from llamita.distill import engines, loop, losses, optim, speed, state, student, teachers
 from llamita.evaluate import token_bytes
 
 
@@ -146,6 +146,7 @@ def train(config: Distill, this: runs.Run) -> None:
         validation=held_out(config, data),
         rows_per_epoch=len(split),
         parents=parents,
+        meter=meter(config, llama, accelerator.device),
     )
     metrics = job.train()
     hashes = parents | {"data": data.content_hash}
@@ -161,6 +162,18 @@ def train(config: Distill, this: runs.Run) -> None:
     this.finish(files, parents=hashes, summary=metrics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def meter(config: Distill, llama: LlamaConfig, device: torch.device) -> speed.Meter:
+    """Counts the operations of the student and of the teachers that run beside it."""
+    shape = checkpoints.shape_of(llama)
+    known = speed.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return speed.Meter(
+        student=shape,
+        teachers=[checkpoints.shape_of(checkpoints.load_config(t.path)) for t in config.teachers.values()],
+        adapter_parameters=config.student.lora.num_parameters(shape),
+        peak_tflops=config.peak_tflops or known,
+    )
 
 
 def held_out(config: Distill, data: PackedData) -> loop.Validation:

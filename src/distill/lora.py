@@ -1,7 +1,7 @@
 """Low-rank adapters: a student whose own weights rest while a small correction of each projection is learnt.
 
-A projection W with an adapter computes W x + (alpha / rank) B A x, where A is ``[rank, in]``, and B ``[out, rank]`` begins
-at zero (Hu et al., 2022, arXiv:2106.09685, section 4.1). Beside weights that rest, of 2 bytes each on a GPU, an
+A projection W with an adapter computes W x + (alpha / rank) B A x, where A is ``[rank, in]``, and B ``[out, rank]``
+begins at zero (Hu et al., 2022, arXiv:2106.09685, section 4.1). Beside weights that rest, of 2 bytes each on a GPU, an
 adapter of rank r holds r (in + out) values with their gradients and moments.
 """
 
