@@ -17,10 +17,11 @@ import torch
 from omegaconf import MISSING
 from transformers import LlamaConfig
 
+import _teaching
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import engines, loop, losses, optim, speed, state, student, teachers
+from llamita.distill import engines, loop, losses, optim, state, student, teachers
 from llamita.evaluate import token_bytes
 
 
@@ -103,6 +104,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig]:
         sequence_length=data.sequence_length,
     )
     config.micro_batches(engines.world_size())
+    _teaching.pairs(config, llama)
     return data, llama
 
 
@@ -121,17 +123,19 @@ def train(config: Distill, this: runs.Run) -> None:
         # DeepSpeed itself brings to the device what stays there.
         device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
     )
-    engine = engines.build(accelerator, model, config.loss, config.optim, config)
+    resident: list[teachers.Teacher] = [
+        teachers.ResidentTeacher.load(
+            name, t.path, t.weight, dtype=dtype, device=accelerator.device, attention=config.attention
+        )
+        for name, t in config.teachers.items()
+    ]
+    matching = _teaching.matching(config, llama, resident, seed=config.run.seed)
+    engine = engines.build(accelerator, model, config.loss, config.optim, config, matching)
     split = data.split("train")
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
-        teachers=[
-            teachers.ResidentTeacher.load(
-                name, t.path, t.weight, dtype=dtype, device=accelerator.device, attention=config.attention
-            )
-            for name, t in config.teachers.items()
-        ],
+        teachers=resident,
         source=loader.Loader(
             split,
             seed=config.run.seed,
@@ -146,7 +150,7 @@ def train(config: Distill, this: runs.Run) -> None:
         validation=held_out(config, data),
         rows_per_epoch=len(split),
         parents=parents,
-        meter=meter(config, llama, accelerator.device),
+        meter=_teaching.meter(config, llama, accelerator.device),
     )
     metrics = job.train()
     hashes = parents | {"data": data.content_hash}
@@ -162,18 +166,6 @@ def train(config: Distill, this: runs.Run) -> None:
     this.finish(files, parents=hashes, summary=metrics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def meter(config: Distill, llama: LlamaConfig, device: torch.device) -> speed.Meter:
-    """Counts the operations of the student and of the teachers that run beside it."""
-    shape = checkpoints.shape_of(llama)
-    known = speed.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return speed.Meter(
-        student=shape,
-        teachers=[checkpoints.shape_of(checkpoints.load_config(t.path)) for t in config.teachers.values()],
-        adapter_parameters=config.student.lora.num_parameters(shape),
-        peak_tflops=config.peak_tflops or known,
-    )
 
 
 def held_out(config: Distill, data: PackedData) -> loop.Validation:

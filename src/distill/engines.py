@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
-from llamita.distill import lora, optim
-from llamita.distill.losses import LossConfig, TeacherStates, distillation_loss
+from llamita.distill import hidden, lora, optim
+from llamita.distill.losses import LossConfig, TeacherStates, distillation_loss, supervised
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -233,21 +233,36 @@ class LossHead(nn.Linear):
 class Student(nn.Module):
     """The student with its loss: one forward gives the summed loss and the summed statistics of a micro-batch."""
 
-    def __init__(self, student: LlamaForCausalLM, loss: LossConfig, dtype: torch.dtype, *, autocast: bool) -> None:
+    def __init__(
+        self,
+        student: LlamaForCausalLM,
+        loss: LossConfig,
+        dtype: torch.dtype,
+        *,
+        autocast: bool,
+        matching: hidden.Matching | None = None,
+    ) -> None:
         super().__init__()
         LossHead.replace(student)
         self.student = student
+        self.matching = matching
         self.loss = loss
         self.dtype = dtype
         self.autocast = autocast
 
     def forward(self, work: MicroBatch, measure: bool) -> tuple[Tensor, Tensor]:
-        labels = work.batch["labels"]
+        labels, matching = work.batch["labels"], self.matching
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            hidden = last_hidden(self.student, work.batch, work.mask)
+            with hidden.captured(self.student, matching.layers if matching else ()) as layers:
+                last = last_hidden(self.student, work.batch, work.mask)
+            if matching is not None:
+                distance = matching(layers, work.teachers[matching.index].layers, supervised(labels))
         loss, sums = self.student.lm_head(
-            hidden, labels, work.teachers, self.loss, compute_dtype=self.dtype, measure=measure
+            last, labels, work.teachers, self.loss, compute_dtype=self.dtype, measure=measure
         )
+        if matching is not None:
+            loss = loss + matching.weight * distance
+            sums = torch.cat([sums, distance.detach().to(sums.dtype)[None]])
         return loss, sums
 
 
@@ -258,6 +273,8 @@ class Engine(Protocol):
     """Whether a checkpoint can only be loaded by as many ranks as wrote it."""
     checkpoint_bytes: int
     """What all ranks together write into a checkpoint, at most, without the names."""
+    extras: list[str]
+    """Names of the sums that follow those of the divergence."""
 
     def accumulate(self, work: MicroBatch, *, scale: float, last: bool, measure: bool) -> Tensor:
         """Add the gradient of ``scale`` times the summed loss; returns loss and statistics, unscaled."""
@@ -290,6 +307,7 @@ def build(
     loss: LossConfig,
     optim_config: optim.OptimConfig,
     config: EngineConfig,
+    matching: hidden.Matching | None = None,
 ) -> Engine:
     """The engine for this launch. ``student``, float32, is taken over: moved to the device, its head replaced."""
     sharded = accelerator.deepspeed_plugin is not None
@@ -302,7 +320,7 @@ def build(
     if config.compile:
         student.model.compile()
     student.train()
-    module = Student(student, loss, dtype, autocast=dtype is torch.bfloat16 and not sharded)
+    module = Student(student, loss, dtype, autocast=dtype is torch.bfloat16 and not sharded, matching=matching)
     if sharded:
         return Sharded(accelerator, module, optim_config)
     return Replicated(accelerator, module, optim_config)
@@ -331,9 +349,10 @@ class Replicated:
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = accelerator.prepare_model(module.to(accelerator.device))
         self.student = module.student
+        self.extras = _extras(module)
         self.checkpoint_bytes = 3 * 4 * _numel(_trained(module))
         self.optimizer = optim.adamw(module, config)
-        self.trained = _trained(module.student)
+        self.trained = _trained(module)
         self.config = config
         self.main = accelerator.is_main_process
 
@@ -345,7 +364,7 @@ class Replicated:
         return _with_loss(loss, sums)
 
     def step(self, learning_rate: float) -> float:
-        norm = optim.clip(self.student.parameters(), self.config.clip_norm)
+        norm = optim.clip(self.trained.values(), self.config.clip_norm)
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -396,6 +415,7 @@ class Sharded:
 
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
+        self.extras = _extras(module)
         self.rank = accelerator.process_index
         self.has_frozen = not all(parameter.requires_grad for parameter in module.parameters())
         self.checkpoint_bytes = 4 * 4 * _numel(_trained(module))  # weights in the precision of the layers too
@@ -449,7 +469,12 @@ class Sharded:
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimiser moves and a checkpoint holds, by name; the rest is as the student's directory has it."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    named = module.named_parameters()
+    return {name.removeprefix("student."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _extras(module: Student) -> list[str]:
+    return [] if module.matching is None else ["hidden"]
 
 
 def _numel(parameters: dict[str, nn.Parameter]) -> int:

@@ -164,7 +164,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run.path / "checkpoints", self.accelerator, keep=self.config.keep_checkpoints
         )
-        self._names = ["loss", *losses.statistics([teacher.name for teacher in self.teachers])]
+        self._names = ["loss", *losses.statistics([t.name for t in self.teachers]), *self.engine.extras]
         self._saved = -1
         self._interval: dict[str, float] = {}
         self._tally = speed.Tally()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from llamita.distill.hidden import HiddenConfig
 
 IGNORE = -100
 """The label of a position where nothing is to be predicted, as everywhere in Hugging Face."""
@@ -58,6 +60,7 @@ class LossConfig:
     """The share a that a skewed divergence mixes in."""
     chunk_mebibytes: int | None = None
     """Memory for the logits at any time; unset: 1024 on an accelerator, 8 on a CPU, where chunks should fit a cache."""
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or math.isinf(self.temperature):
@@ -80,9 +83,11 @@ class LossConfig:
         Raises:
             ValueError: naming the setting.
         """
+        if self.hidden.weight:
+            raise ValueError(f"loss.hidden.weight={self.hidden.weight} needs a teacher: set teachers.<name>.path")
         for setting in fields(self):
             value = getattr(self, setting.name)
-            plain = setting.name == "chunk_mebibytes" or (setting.name == "ce_weight" and value == 1)
+            plain = setting.name in ("chunk_mebibytes", "hidden") or (setting.name == "ce_weight" and value == 1)
             if not plain and value != setting.default:
                 raise ValueError(
                     f"loss.{setting.name}={value} needs a teacher: set teachers.<name>.path, or leave it at "
@@ -100,6 +105,8 @@ class TeacherStates:
     """``[V, E]``."""
     weight: float = 1.0
     """Share in the mixture of teachers; shares are divided by their sum."""
+    layers: Sequence[Tensor] = ()
+    """What some of its layers gave, where the student is to match them."""
 
 
 def statistics(teachers: Sequence[str]) -> list[str]:

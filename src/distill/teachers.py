@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
-from llamita.distill import documents
+from llamita.distill import documents, hidden
 from llamita.distill.losses import TeacherStates
 
 Batch = Mapping[str, Tensor]
@@ -66,6 +66,8 @@ class ResidentTeacher:
     def __init__(self, name: str, model: LlamaForCausalLM, weight: float = 1.0) -> None:
         self.name = name
         self.weight = weight
+        self.layers: tuple[int, ...] = ()
+        """Of which the states are given too."""
         self.model = model.requires_grad_(False)
         self.model.train(False)
 
@@ -87,7 +89,9 @@ class ResidentTeacher:
     @torch.no_grad()
     def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
         """Last hidden states and head, without gradient."""
-        return TeacherStates(last_hidden(self.model, batch, mask), self.model.lm_head.weight, self.weight)
+        with hidden.captured(self.model, self.layers) as layers:
+            last = last_hidden(self.model, batch, mask)
+        return TeacherStates(last, self.model.lm_head.weight, self.weight, layers)
 
 
 def last_hidden(model: LlamaForCausalLM, batch: Batch, mask: Tensor | None) -> Tensor:
