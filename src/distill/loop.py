@@ -184,13 +184,8 @@ class Trainer:
         batches = iter(self.source)
         with Progress(self.run.path.name, steps, completed=counters.step) as progress:
             while counters.step < steps:
-                started = time.perf_counter()
-                micro_batches = next(batches)
-                self._add("perf/data_s", time.perf_counter() - started)
-                stop = self.take_step(micro_batches)
-                self._add("perf/step_s", time.perf_counter() - started)
+                stop = self.step_and_log(batches)
                 progress.update(counters.step, self._note())
-                self._log_step()
                 if self._is_due(self.config.validation_every):
                     self.validate()
                 if self._is_due(self.config.checkpoint_every) or stop:
@@ -198,6 +193,20 @@ class Trainer:
                 if stop and counters.step < steps:
                     raise runs.Stopped(f"stopped after step {counters.step} of {steps}; start it again to go on")
         return _finite(self.last)
+
+    def step_and_log(self, batches: Iterator[Sequence[Batch]]) -> bool:
+        """Take a step on the next micro-batches and log it where that is due; returns whether to stop."""
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        self._add("perf/data_s", time.perf_counter() - started)
+        stop = self.take_step(micro_batches)
+        self._add("perf/step_s", time.perf_counter() - started)
+        self._log_step()
+        return stop
+
+    def forget_interval(self) -> None:
+        """Begin to measure times and speed anew, as after a logged step."""
+        self._interval, self._tally = {}, speed.Tally()
 
     def _is_due(self, every: int) -> bool:
         return self.counters.step == self.config.steps or (every > 0 and self.counters.step % every == 0)
@@ -284,7 +293,6 @@ class Trainer:
         seconds = interval["perf/step_s"]
         if self.meter is not None:
             self.last |= self.meter.metrics(self._tally, seconds, devices)
-        self._tally = speed.Tally()
         tokens = interval.pop("tokens")
         steps = interval.pop("steps")
         self.last |= {name: value / steps for name, value in interval.items()}
@@ -297,7 +305,7 @@ class Trainer:
         }
         if self.rows_per_epoch:
             self.last["data/epoch"] = rows / self.rows_per_epoch
-        self._interval = {}
+        self.forget_interval()
         self.run.log(_finite({k: v for k, v in self.last.items() if not k.startswith("val/")}), step=counters.step)
 
     def validate(self) -> None:
