@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 import _compose
+import _ways
 from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
 from llamita.data import shards, sources, tokens
 from llamita.distill import cache_format, capture, loop, student
@@ -52,6 +53,10 @@ class World:
     """As asked for; unset: see :attr:`processes`."""
     sequence_length: int
     """Assumed where the data does not exist."""
+    mfu: float = 0.35
+    """Assumed share of the hardware's peak."""
+    entries_per_token: float = 16.0
+    """Assumed of a cache."""
     made: dict[Path, Any] = field(default_factory=dict)
     """A :class:`LlamaShape` or :class:`Rows`, ``UNKNOWN``, or ``None`` for what is neither model nor data."""
     tokenizers: dict[Path, str] = field(default_factory=dict)
@@ -150,6 +155,8 @@ class Outlook:
     hours: float = 0.0
     """Beside operations and disks."""
     written_bytes: float = 0.0
+    ways: list[dict[str, Any]] = field(default_factory=list)
+    """What each way to have the teachers would take; see :func:`_ways.compare`."""
     on_accelerator: bool = True
     """Whether the memory is that of an accelerator, not of its host."""
 
@@ -493,11 +500,7 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
     mebibytes = config.loss.chunk_mebibytes or (1024 if world.hardware.is_gpu else 8)
     training = estimate.Training(
         student=student,
-        teachers=[
-            estimate.Teacher(name=name, shape=shape, bytes_per_value=2 if half else 4)
-            for name, shape in shapes.items()
-            if shape is not None and name != "student"
-        ],
+        teachers=[],
         precision=precision,
         zero_stage=stage,
         processes=world.processes,
@@ -505,14 +508,34 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
         rows_per_step=config.global_batch_rows,
         sequence_length=rows.sequence_length,
         steps=config.steps,
-        packed=config.attention is not Attention.flash_attention_2,
+        packed=config.attention in (Attention.sdpa, Attention.eager),
         recompute=config.activation_checkpointing,
         chunk_bytes=mebibytes * 2**20,
         checkpoint_every=config.checkpoint_every,
         kept_checkpoints=max(2, config.keep_checkpoints),
         validation_rows=min(config.validation_rows, rows.rows.get("validation", config.validation_rows)),
         validation_every=config.validation_every,
+        adapter_parameters=config.student.lora.num_parameters(student),
     )
+    found = [
+        estimate.Teacher(name=name, shape=shape, bytes_per_value=2 if half else 4)
+        for name, shape in shapes.items()
+        if shape is not None and name != "student"
+    ]
+    online = [
+        _ways.placed(teacher, config.teachers[teacher.name], world.processes)
+        for teacher in found
+        if not _ways.is_cached(config.teachers[teacher.name])
+    ]
+    outlook.ways = _ways.compare(
+        training,
+        found,
+        world.hardware,
+        mfu=world.mfu,
+        data_tokens=rows.rows.get("train", 0) * rows.sequence_length,
+        entries_per_token=world.entries_per_token,
+    )
+    training = dataclasses.replace(training, teachers=online)
     outlook.processes = world.processes
     outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items() if shape is not None}
     outlook.memory = estimate.training_memory(training)

@@ -17,6 +17,7 @@ import torch
 from omegaconf import MISSING
 from transformers import LlamaConfig
 
+import _teaching
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
@@ -109,6 +110,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
         sequence_length=data.sequence_length,
     )
     config.micro_batches(engines.world_size())
+    _teaching.pairs(config, llama)
     return data, llama, caches
 
 
@@ -127,10 +129,16 @@ def train(config: Distill, this: runs.Run) -> None:
         llama,
         seed=config.run.seed,
         attention=config.attention,
+        resting=dtype,
         # DeepSpeed itself brings to the device what stays there.
         device=torch.device("cpu") if config.deepspeed.stage else accelerator.device,
     )
-    engine = engines.build(accelerator, model, config.loss, config.optim, config, vocabulary=data.vocab_size)
+    beside = placement.load_all(config.teachers, dtype=dtype, device=accelerator.device, attention=config.attention)
+    given = [*beside, *stored]
+    matching = _teaching.matching(config, llama, given, seed=config.run.seed)
+    engine = engines.build(
+        accelerator, model, config.loss, config.optim, config, vocabulary=data.vocab_size, matching=matching
+    )
     split = data.split("train")
     source = loader.Loader(
         split,
@@ -140,7 +148,6 @@ def train(config: Distill, this: runs.Run) -> None:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    beside = placement.load_all(config.teachers, dtype=dtype, device=accelerator.device, attention=config.attention)
     rows = loader.Sequential(
         data.split("validation") if config.validation_rows else split,
         batch_rows=config.micro_batch_rows,
@@ -150,7 +157,7 @@ def train(config: Distill, this: runs.Run) -> None:
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
-        teachers=[*beside, *stored],
+        teachers=given,
         shares={name: t.share for name, t in config.teachers.items()},
         source=cached.CachedSource(source, stored) if stored else source,
         config=config,
@@ -159,6 +166,7 @@ def train(config: Distill, this: runs.Run) -> None:
         validation=held_out(config, data),
         rows_per_epoch=len(split),
         parents=parents,
+        meter=_teaching.meter(config, llama, accelerator.device),
     )
     metrics = job.train()
     hashes = parents | {"data": data.content_hash}

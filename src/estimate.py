@@ -91,6 +91,15 @@ class Teacher:
     bytes_per_value: int
     processes: int = 1
     """Processes that share its weights (ZeRO-3); 1 holds them whole."""
+    matrix_bytes: float | None = None
+    """Per value of the layers' matrices, where these are quantised; embedding, norms and head are not."""
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights, shared or not."""
+        matrices = self.shape.num_hidden_layers * (self.shape.attention_parameters + self.shape.mlp_parameters)
+        per_matrix = self.bytes_per_value if self.matrix_bytes is None else self.matrix_bytes
+        return per_matrix * matrices + self.bytes_per_value * float(self.shape.num_parameters - matrices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +128,13 @@ class Training:
     """Of each validation, over all processes; 0: there is none."""
     validation_every: int
     """0: before the first step and after the last one only."""
+    adapter_parameters: int = 0
+    """Of a student whose own weights rest; 0: they are all trained."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """Values that the optimiser moves."""
+        return self.adapter_parameters or self.student.num_parameters
 
 
 def num_text_tokens(text_bytes: float) -> float:
@@ -134,6 +150,17 @@ def prepare_hours(tokens: float, processes: int) -> float:
 def prepare_disk(text_bytes: float, tokens: float) -> dict[str, float]:
     """Bytes at the fullest moment: the text once, and every token as 4 bytes before and after packing."""
     return {"documents, while it runs": float(text_bytes), "tokens, before and after packing": 8.0 * tokens}
+
+
+def adapter_state_bytes(training: Training) -> dict[str, float]:
+    """As :func:`state_bytes`, of a student whose weights rest in the precision of its layers."""
+    resting = 4 if training.precision is Precision.float32 else 2
+    spread = training.processes if training.zero_stage == 3 else 1
+    items = {"resting weights": resting * float(training.student.num_parameters) / spread}
+    for stage, name, size in ((3, "adapters", 4.0), (2, "gradients", 4.0), (1, "AdamW moments", 8.0)):
+        share = training.processes if training.zero_stage >= stage else 1
+        items[name] = size * training.adapter_parameters / share
+    return items
 
 
 def state_bytes(shape: LlamaShape, precision: Precision, processes: int, zero_stage: int) -> dict[str, float]:
@@ -214,9 +241,10 @@ def loss_bytes(training: Training) -> dict[str, float]:
     stream = 2 if training.precision is Precision.bfloat16 else 4
     items = {
         "loss: logits of a chunk": float(training.chunk_bytes),
-        "loss: gradient of the head": 4.0 * (shape.output_rows or shape.vocab_size) * shape.hidden_size,
         "loss: hidden states": 2.0 * tokens * stream * shape.hidden_size,
     }
+    if not training.adapter_parameters:
+        items["loss: gradient of the head"] = 4.0 * (shape.output_rows or shape.vocab_size) * shape.hidden_size
     if training.precision is not Precision.float32:
         # Autocast multiplies with a copy of the head; without it the gradient is copied on its way to the weights.
         items["loss: bfloat16 copy"] = 2.0 * (shape.output_rows or shape.vocab_size) * shape.hidden_size
@@ -228,7 +256,7 @@ def loss_bytes(training: Training) -> dict[str, float]:
 def teacher_bytes(teacher: Teacher, tokens: int) -> dict[str, float]:
     """Bytes of a resident teacher: its weights, and the widest moment of its forward pass."""
     shape, value = teacher.shape, teacher.bytes_per_value
-    weights = value * shape.num_parameters / teacher.processes
+    weights = teacher.weight_bytes / teacher.processes
     if teacher.processes > 1:
         weights += value * max(2 * shape.layer_parameters, shape.vocab_size * shape.hidden_size)
     # Residual, normed input, gate, its SiLU, up and their product.
@@ -239,6 +267,8 @@ def teacher_bytes(teacher: Teacher, tokens: int) -> dict[str, float]:
 def training_memory(training: Training) -> dict[str, float]:
     """Bytes per process by item, all at their largest; their sum bounds the peak of the items counted here."""
     items = state_bytes(training.student, training.precision, training.processes, training.zero_stage)
+    if training.adapter_parameters:
+        items = adapter_state_bytes(training)
     items |= activation_bytes(training) | loss_bytes(training)
     widest: dict[str, float] = {}
     for teacher in training.teachers:
@@ -260,7 +290,10 @@ def training_flops(training: Training) -> dict[str, float]:
     """
     tokens = float(training.rows_per_step) * training.sequence_length * training.steps
     context = training.sequence_length / 2
-    items = {"student, forward and backward": 3 * tokens * training.student.forward_flops_per_token(context)}
+    forward = tokens * training.student.forward_flops_per_token(context)
+    items = {"student, forward and backward": 3 * forward}
+    if training.adapter_parameters:  # weights that rest get no gradient
+        items = {"student, forward and backward": 2 * forward + 6 * tokens * training.adapter_parameters}
     if training.recompute:
         again = training.student.forward_flops_per_token(context, head=False)
         items["student, recomputed layers"] = tokens * again
@@ -280,8 +313,8 @@ def num_validations(training: Training) -> int:
 
 
 def checkpoint_bytes(training: Training) -> float:
-    """Bytes of one checkpoint: float32 weights and two moments."""
-    return 12.0 * training.student.num_parameters
+    """Bytes of one checkpoint: float32 weights and two moments of what is trained."""
+    return 12.0 * training.trained_parameters
 
 
 def training_disk(training: Training, *, saved_bytes_per_value: int) -> dict[str, float]:

@@ -95,3 +95,17 @@ def test_every_axis_is_cut_by_every_choice_into_a_model_that_can_be_run(tmp_path
         assert stream.mean_loss(surgery.Pruned(weights, kept), [text], dtype=torch.float32)
     choices = {choice for _, choice, _, _ in asked}
     assert choices >= {*WidthScore, *HiddenScore, *LayerScore, *Tie}
+
+
+@pytest.mark.parametrize("way", ["online", "cached", "adapters"])
+def test_a_training_step_is_measured_behind_the_warm_up_with_and_without_its_teacher(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark("train_step")
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--small", "--length=32", f"--way={way}", "--student=small"])
+    options = module.parsed()
+    options.peak_tflops = 0.1
+    row = module.measure(options)
+    assert (row["perf/teacher_tflops_per_gpu"] == 0) == (way == "cached")
+    assert row["perf/total_mfu"] >= row["perf/student_mfu"] > 0
+    assert "| small | small teacher | " + way in module.table([row])

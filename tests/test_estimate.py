@@ -312,3 +312,24 @@ def test_a_system_that_does_not_tell_which_cores_are_mine_has_them_all(monkeypat
     """As macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert estimate.device(Hardware.cpu).name == f"{os.cpu_count()} CPU cores"
+
+
+def test_adapters_are_all_that_the_optimiser_and_a_checkpoint_hold() -> None:
+    """Eight processes under ZeRO-2: 2 bytes of every resting weight, and 4 + (4 + 8) / 8 of an adapter's."""
+    one = training(adapter_parameters=8_000_000, teachers=())
+    items = estimate.training_memory(one)
+    assert items["resting weights"] == 2 * LLAMA_1B.num_parameters
+    assert items["adapters"] + items["gradients"] + items["AdamW moments"] == 8_000_000 * (4 + 4 / 8 + 8 / 8)
+    assert not {"weights", "loss: gradient of the head"} & items.keys()
+    assert estimate.checkpoint_bytes(one) == 14 * 8_000_000
+    tokens = 64 * 8192 * 1000
+    forward = LLAMA_1B.forward_flops_per_token(4096)
+    assert estimate.training_flops(one)["student, forward and backward"] == tokens * (2 * forward + 6 * 8_000_000)
+
+
+def test_a_quantised_teacher_keeps_embedding_and_head_as_they_are() -> None:
+    matrices = LLAMA_8B.num_hidden_layers * (LLAMA_8B.attention_parameters + LLAMA_8B.mlp_parameters)
+    rest = LLAMA_8B.num_parameters - matrices
+    assert Teacher(name="big", shape=LLAMA_8B, bytes_per_value=2).weight_bytes == 2 * LLAMA_8B.num_parameters
+    quantised = Teacher(name="big", shape=LLAMA_8B, bytes_per_value=2, matrix_bytes=0.5)
+    assert quantised.weight_bytes == matrices / 2 + 2 * rest

@@ -26,8 +26,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llamita.distill import optim, saved, zero
-from llamita.distill.losses import LossConfig, Targets, distillation_loss
+from llamita.distill import hidden, lora, optim, saved, zero
+from llamita.distill.losses import LossConfig, Targets, distillation_loss, supervised
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -238,21 +238,26 @@ class Student(nn.Module):
         *,
         autocast: bool,
         vocabulary: int | None = None,
+        matching: hidden.Matching | None = None,
     ) -> None:
         super().__init__()
         LossHead.replace(student)
         self.student = student
+        self.matching = matching
         self.loss = loss
         self.dtype = dtype
         self.autocast = autocast
         self.vocabulary = vocabulary
 
     def forward(self, work: MicroBatch, measure: bool) -> tuple[Tensor, Tensor]:
-        labels = work.batch["labels"]
+        labels, matching = work.batch["labels"], self.matching
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            hidden = last_hidden(self.student, work.batch, work.mask)
+            with hidden.captured(self.student, matching.layers if matching else ()) as layers:
+                last = last_hidden(self.student, work.batch, work.mask)
+            if matching is not None:
+                distance = matching(layers, work.teachers[matching.index].layers, supervised(labels))
         loss, sums = self.student.lm_head(
-            hidden,
+            last,
             labels,
             work.teachers,
             self.loss,
@@ -260,6 +265,9 @@ class Student(nn.Module):
             measure=measure,
             vocabulary=self.vocabulary,
         )
+        if matching is not None:
+            loss = loss + matching.weight * distance
+            sums = torch.cat([sums, distance.detach().to(sums.dtype)[None]])
         return loss, sums
 
 
@@ -268,6 +276,8 @@ class Engine(Protocol):
 
     checkpoint_bytes: int
     """What all ranks together write into a checkpoint, at most, without the names."""
+    extras: list[str]
+    """Names of the sums that follow those of the divergence."""
 
     def accumulate(self, work: MicroBatch, *, scale: float, last: bool, measure: bool) -> Tensor:
         """Add the gradient of ``scale`` times the summed loss; returns loss and statistics, unscaled."""
@@ -302,6 +312,7 @@ def build(
     config: EngineConfig,
     *,
     vocabulary: int | None = None,
+    matching: hidden.Matching | None = None,
 ) -> Engine:
     """The engine for this launch. ``student``, float32, is taken over: moved to the device, its head replaced.
 
@@ -317,7 +328,8 @@ def build(
     if config.compile:
         student.model.compile()
     student.train()
-    module = Student(student, loss, dtype, autocast=dtype is torch.bfloat16 and not sharded, vocabulary=vocabulary)
+    autocast = dtype is torch.bfloat16 and not sharded
+    module = Student(student, loss, dtype, autocast=autocast, vocabulary=vocabulary, matching=matching)
     if sharded:
         return Sharded(accelerator, module, optim_config)
     return Replicated(accelerator, module, optim_config)
@@ -344,6 +356,7 @@ class Replicated:
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = accelerator.prepare_model(module.to(accelerator.device))
         self.student = module.student
+        self.extras = _extras(module)
         self.checkpoint_bytes = 3 * 4 * _numel(_trained(module))
         self.optimizer = optim.adamw(module, config)
         self.trained = _trained(module)
@@ -387,8 +400,7 @@ class Replicated:
             self.optimizer.state[parameter] = moments
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.student.named_parameters():
-            yield name, parameter.detach()
+        yield from lora.tensors(self.student)
 
 
 class Sharded:
@@ -396,6 +408,7 @@ class Sharded:
 
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
+        self.extras = _extras(module)
         self.rank = accelerator.process_index
         self.world = accelerator.num_processes
         self.trained = _trained(module)
@@ -434,16 +447,17 @@ class Sharded:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
-        for name, parameter in self.student.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                tensor = parameter.detach().clone()
-            yield name, tensor
+        yield from lora.tensors(self.student, deepspeed.zero.GatheredParameters)
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimiser moves and a checkpoint holds, by name; the rest is as the student's directory has it."""
     named = module.named_parameters()
     return {name.removeprefix("student."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _extras(module: Student) -> list[str]:
+    return [] if module.matching is None else ["hidden"]
 
 
 def _numel(parameters: dict[str, nn.Parameter]) -> int:

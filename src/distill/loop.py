@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from llamita import runs
-from llamita.distill import losses, optim
+from llamita.distill import losses, optim, speed
 from llamita.distill.engines import Engine, EngineConfig, MicroBatch
 from llamita.distill.state import Checkpoints, agree_sum
 from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
@@ -43,6 +43,8 @@ class LoopConfig(EngineConfig):
     """0: only before the first and after the last step."""
     validation_rows: int = 64
     """Held-out rows that each validation measures; 0: no validation."""
+    peak_tflops: float | None = None
+    """Dense TFLOP/s of one device, of which MFU is told the share; unset: by the GPU's name, and no MFU on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +54,8 @@ class LoopConfig(EngineConfig):
         for name in ("keep_checkpoints", "validation_every", "validation_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops must be > 0 and finite, got {self.peak_tflops}")
 
 
 MAY_CHANGE = (
@@ -60,6 +64,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "log_every",
     "validation_every",
+    "peak_tflops",
     "activation_checkpointing",
     "compile",
     "loss.chunk_mebibytes",
@@ -152,6 +157,8 @@ class Trainer:
     """Content hashes of student and teachers, on the main process: a restart with others is refused."""
     shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
+    meter: speed.Meter | None = None
+    """Counts operations, for what is told about the speed."""
     counters: Counters = field(default_factory=Counters)
     last: dict[str, float] = field(default_factory=dict)
     """The newest value of every metric that this start has logged."""
@@ -160,15 +167,12 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run.path / "checkpoints", self.accelerator, keep=self.config.keep_checkpoints
         )
-        self._names = [
-            "loss",
-            *losses.statistics(
-                [teacher.name for teacher in self.teachers],
-                sparse=[teacher.name for teacher in self.teachers if teacher.is_sparse],
-            ),
-        ]
+        sparse = [teacher.name for teacher in self.teachers if teacher.is_sparse]
+        kinds = losses.statistics([teacher.name for teacher in self.teachers], sparse=sparse)
+        self._names = ["loss", *kinds, *self.engine.extras]
         self._saved = -1
         self._interval: dict[str, float] = {}
+        self._tally = speed.Tally()
         self._teacher_time = DeviceTime(self.accelerator.device)
 
     def train(self) -> dict[str, float]:
@@ -186,13 +190,8 @@ class Trainer:
         batches = iter(self.source)
         with Progress(self.run.path.name, steps, completed=counters.step) as progress:
             while counters.step < steps:
-                started = time.perf_counter()
-                micro_batches = next(batches)
-                self._add("perf/data_s", time.perf_counter() - started)
-                stop = self.take_step(micro_batches)
-                self._add("perf/step_s", time.perf_counter() - started)
+                stop = self.step_and_log(batches)
                 progress.update(counters.step, self._note())
-                self._log_step()
                 if self._is_due(self.config.validation_every):
                     self.validate()
                 if self._is_due(self.config.checkpoint_every) or stop:
@@ -200,6 +199,20 @@ class Trainer:
                 if stop and counters.step < steps:
                     raise runs.Stopped(f"stopped after step {counters.step} of {steps}; start it again to go on")
         return _finite(self.last)
+
+    def step_and_log(self, batches: Iterator[Sequence[Batch]]) -> bool:
+        """Take a step on the next micro-batches and log it where that is due; returns whether to stop."""
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        self._add("perf/data_s", time.perf_counter() - started)
+        stop = self.take_step(micro_batches)
+        self._add("perf/step_s", time.perf_counter() - started)
+        self._log_step()
+        return stop
+
+    def forget_interval(self) -> None:
+        """Begin to measure times and speed anew, as after a logged step."""
+        self._interval, self._tally = {}, speed.Tally()
 
     def _is_due(self, every: int) -> bool:
         return self.counters.step == self.config.steps or (every > 0 and self.counters.step % every == 0)
@@ -225,11 +238,15 @@ class Trainer:
         rate = optim.learning_rate(counters.step, self.config.steps, self.optim)
         norm = self.engine.step(rate)
         seen = sum(batch["input_ids"].numel() for batch in batches)
-        extra = torch.tensor([seen, self.run.stop.is_set()], dtype=torch.float64, device=device)
-        *sums, seen_by_all, stops = self.accelerator.reduce(torch.cat([total, extra]), reduction="sum").tolist()
+        context = sum(int(batch["position_ids"].sum()) for batch in micro_batches) + seen / 2
+        extra = torch.tensor([seen, context, self.run.stop.is_set()], dtype=torch.float64, device=device)
+        *sums, seen_by_all, context_of_all, stops = self.accelerator.reduce(
+            torch.cat([total, extra]), reduction="sum"
+        ).tolist()
         self._add("perf/teacher_s", self._teacher_time.take())
         counters.tokens += int(seen_by_all)
         self._add("tokens", seen_by_all)
+        self._tally += speed.Tally(seen_by_all, context_of_all, count)
         self._add("steps", 1)
         self._count_skipped(norm)
         averages = self._named([value / max(count, 1) for value in sums], "train/")
@@ -286,15 +303,24 @@ class Trainer:
         """Log this step's averages, and times and speed since the last line."""
         if not self._is_due(self.config.log_every):
             return
-        counters, interval = self.counters, self._interval
+        counters, interval, devices = self.counters, self._interval, self.accelerator.num_processes
         rows = self.source.state_dict().get("samples_consumed", counters.step * self.config.global_batch_rows)
-        speed = interval.pop("tokens") / interval["perf/step_s"] / self.accelerator.num_processes
+        seconds = interval["perf/step_s"]
+        if self.meter is not None:
+            self.last |= self.meter.metrics(self._tally, seconds, devices)
+        tokens = interval.pop("tokens")
         steps = interval.pop("steps")
         self.last |= {name: value / steps for name, value in interval.items()}
-        self.last |= {"perf/tokens_per_s_per_gpu": speed, "data/tokens": counters.tokens, "data/samples": rows}
+        memory = torch.tensor([speed.peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
+        self.last["perf/memory_gib"] = float(self.accelerator.gather(memory).max())
+        self.last |= {
+            "perf/tokens_per_s_per_gpu": tokens / seconds / devices,
+            "data/tokens": counters.tokens,
+            "data/samples": rows,
+        }
         if self.rows_per_epoch:
             self.last["data/epoch"] = rows / self.rows_per_epoch
-        self._interval = {}
+        self.forget_interval()
         self.run.log(_finite({k: v for k, v in self.last.items() if not k.startswith("val/")}), step=counters.step)
 
     def validate(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from llamita.distill import sparse
 from llamita.distill.divergences import Divergence, Objective
 from llamita.distill.fused import FusedLoss, Job
+from llamita.distill.hidden import HiddenConfig
 from llamita.distill.sparse import SparseTargets
 
 IGNORE = -100
@@ -42,6 +43,7 @@ class LossConfig:
     """The share a that a skewed divergence mixes in."""
     chunk_mebibytes: int | None = None
     """Memory for the logits at any time and what is made of them; unset: 1024 on an accelerator, 128 on a CPU."""
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or math.isinf(self.temperature):
@@ -64,9 +66,11 @@ class LossConfig:
         Raises:
             ValueError: naming the setting.
         """
+        if self.hidden.weight:
+            raise ValueError(f"loss.hidden.weight={self.hidden.weight} needs a teacher: set teachers.<name>.path")
         for setting in fields(self):
             value = getattr(self, setting.name)
-            plain = setting.name == "chunk_mebibytes" or (setting.name == "ce_weight" and value == 1)
+            plain = setting.name in ("chunk_mebibytes", "hidden") or (setting.name == "ce_weight" and value == 1)
             if not plain and value != setting.default:
                 raise ValueError(
                     f"loss.{setting.name}={value} needs a teacher: set teachers.<name>.path, or leave it at "
@@ -104,6 +108,8 @@ class TeacherStates:
     """``[V, E]``."""
     weight: float = 1.0
     """Share in the mixture of teachers; shares are divided by their sum."""
+    layers: Sequence[Tensor] = ()
+    """What some of its layers gave, where the student is to match them."""
 
 
 Targets = TeacherStates | SparseTargets

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llamita import checkpoints
+from llamita.distill import lora
 from llamita.distill.teachers import Attention
 from llamita.shapes import LlamaShape
 
@@ -76,6 +77,7 @@ class StudentConfig:
     """A model directory; unset: ``shape`` with random weights."""
     init: Init = Init.checkpoint
     shape: ShapeConfig = field(default_factory=ShapeConfig)
+    lora: lora.LoraConfig = field(default_factory=lora.LoraConfig)
 
     def check(self) -> None:
         """Raise ``ValueError`` unless it is said where the student comes from."""
@@ -86,6 +88,11 @@ class StudentConfig:
             missing = [name for name in SIZES if name not in optional and getattr(self.shape, name) is None]
             if missing:
                 raise ValueError(f"student.path is not set, so student.shape needs {', '.join(missing)}")
+        if self.lora.rank and (self.path is None or self.init is Init.random):
+            raise ValueError(
+                f"student.lora.rank={self.lora.rank} corrects weights that are there: it needs student.path and "
+                f"student.init=checkpoint, got student.path={self.path} and student.init={self.init}"
+            )
 
 
 def llama_config(student: StudentConfig, *, vocab_size: int, tokenizer_path: Path, sequence_length: int) -> LlamaConfig:
@@ -126,12 +133,24 @@ def _from_shape(shape: ShapeConfig, vocab_size: int, tokenizer_path: Path) -> Ll
 
 
 def load(
-    student: StudentConfig, config: LlamaConfig, *, seed: int, attention: Attention, device: torch.device
+    student: StudentConfig,
+    config: LlamaConfig,
+    *,
+    seed: int,
+    attention: Attention,
+    device: torch.device,
+    resting: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
-    """The student with float32 weights: read onto ``device``, or drawn from the seed on the CPU."""
+    """The student with float32 weights: read onto ``device``, or drawn from the seed on the CPU.
+
+    With adapters only these are float32, and the weights that rest in ``resting``.
+    """
     if student.path is not None and student.init is Init.checkpoint:
-        dtype = torch.float32
-        return checkpoints.load_model(student.path, dtype=dtype, attn_implementation=attention, device=device)
+        dtype = resting if student.lora.rank else torch.float32
+        model = checkpoints.load_model(student.path, dtype=dtype, attn_implementation=attention, device=device)
+        if student.lora.rank:
+            lora.adapt(model, student.lora, seed=seed)
+        return model
     torch.manual_seed(seed)
     config._attn_implementation = attention.value
     model = LlamaForCausalLM(config)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
+from llamita.distill import documents, hidden
 from llamita.distill.losses import Targets, TeacherStates
 
 Batch = Mapping[str, Tensor]
@@ -30,6 +31,8 @@ class Attention(StrEnum):
     sdpa = "sdpa"
     flash_attention_2 = "flash_attention_2"
     """Takes the borders of documents from the position ids and makes no mask; needs a GPU and bfloat16."""
+    documents = "documents"
+    """SDPA's causal kernel on one document after the other: no mask, and no work between documents."""
     eager = "eager"
 
 
@@ -108,6 +111,8 @@ class ResidentTeacher:
     def __init__(self, name: str, model: LlamaForCausalLM, weight: float = 1.0) -> None:
         self.name = name
         self.weight = weight
+        self.layers: tuple[int, ...] = ()
+        """Of which the states are given too."""
         self.model = model.requires_grad_(False)
         self.model.train(False)
 
@@ -129,7 +134,9 @@ class ResidentTeacher:
     @torch.no_grad()
     def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
         """Last hidden states and head, without gradient."""
-        return TeacherStates(last_hidden(self.model, batch, mask), self.model.lm_head.weight, self.weight)
+        with hidden.captured(self.model, self.layers) as layers:
+            last = last_hidden(self.model, batch, mask)
+        return TeacherStates(last, self.model.lm_head.weight, self.weight, layers)
 
 
 def last_hidden(model: LlamaForCausalLM, batch: Batch, mask: Tensor | None) -> Tensor:
@@ -142,7 +149,10 @@ def last_hidden(model: LlamaForCausalLM, batch: Batch, mask: Tensor | None) -> T
     size = ids.shape
     if str(model.config._attn_implementation).startswith("flash"):
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
-    output = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    kernel: dict[str, Any] = {}
+    if model.config._attn_implementation == documents.NAME:
+        kernel["document_lengths"] = documents.lengths(positions)
+    output = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **kernel)
     hidden: Tensor = output.last_hidden_state
     return hidden.reshape(*size, -1)
 

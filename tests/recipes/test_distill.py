@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
-from llamita.distill import engines, losses, optim, student
-from llamita.distill.teachers import Placement, Storage, TeacherConfig
+from llamita.distill import engines, hidden, lora, losses, optim, student
+from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -126,6 +126,70 @@ def test_two_teachers_make_a_student_and_the_directory_says_so(
     written = (out / "metrics.jsonl").read_bytes()
     module.run(config)
     assert (out / "metrics.jsonl").read_bytes() == written
+
+
+def test_adapters_and_matched_layers_end_in_a_stock_llama_and_leave_no_trace_but_in_its_provenance(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("distill"), tmp_path / "adapted"
+    config = settings(
+        module,
+        data,
+        out,
+        student=student.StudentConfig(path=teacher, lora=lora.LoraConfig(rank=2)),
+        teachers={"big": TeacherConfig(path=teacher)},
+        loss=losses.LossConfig(ce_weight=0.5, hidden=hidden.HiddenConfig(weight=0.1, layers=[0])),
+        attention=Attention.documents,
+    )
+    module.run(config)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (teacher, out))
+    assert type(after).__name__ == "LlamaForCausalLM"
+    names = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])}
+    assert names
+    assert all("proj" in name for name in names)
+    assert "documents" not in (out / "config.json").read_text()
+    provenance = json.loads((out / "llamita.json").read_text())
+    assert provenance["settings"]["student"]["lora"]["rank"] == 2
+    summary = runs.check_done(out)["summary"]
+    assert {
+        "kd/hidden",
+        "perf/student_tflops_per_gpu",
+        "perf/teacher_tflops_per_gpu",
+        "perf/memory_gib",
+    } <= summary.keys()
+    assert not any("mfu" in name for name in summary)
+
+
+def test_layers_are_matched_through_the_plan_of_the_student(
+    recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    """A student of one layer, whose plan kept the teacher's second; without a plan it is refused before it starts."""
+    module, prune, pruned = recipe("distill"), recipe("prune"), tmp_path / "pruned"
+    compose = ["model.path=" + str(teacher), "target.num_hidden_layers=1", f"out={pruned}"]
+    compose += ["scores.mlp=magnitude", "scores.heads=magnitude", "scores.hidden=magnitude", "scores.layers=last"]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "recipes/prune.py"), *compose], text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    del prune
+    config = settings(
+        module,
+        data,
+        tmp_path / "student",
+        student=student.StudentConfig(path=pruned),
+        teachers={"big": TeacherConfig(path=teacher)},
+        loss=losses.LossConfig(hidden=hidden.HiddenConfig(weight=0.1, layers=[0])),
+    )
+    module.run(config)
+    assert runs.check_done(tmp_path / "student")["summary"]["kd/hidden"] > 0
+    config.student.path, config.out = tmp_path / "student", tmp_path / "again"
+    with pytest.raises(ValueError, match=r"has no pruning plan: set loss\.hidden\.plan"):
+        module.run(config)
+    config.loss.hidden.plan = pruned
+    module.check(config)
+    config.compile = True
+    with pytest.raises(ValueError, match=r"compile=true does not go with loss\.hidden\.weight"):
+        module.check(config)
 
 
 def test_a_student_that_is_its_teacher_loses_nothing(

@@ -270,6 +270,75 @@ def test_a_distillation_is_counted_item_by_item(plan: Planner, data: Path, tmp_p
     assert again["memory_bytes"]["activations"] < alone["memory_bytes"]["activations"]
 
 
+def ways(plan: Planner, tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
+    """Of a 1B on 64 H100s with 21 billion tokens, by name; the data does not exist."""
+    answer = plan(
+        "recipe=distill",
+        "student.path=meta-llama/Llama-3.2-1B",
+        "teachers.b.path=meta-llama/Llama-3.1-70B",
+        f"data.path={tmp_path / 'none'}",
+        "steps=10000",
+        "global_batch_rows=256",
+        "micro_batch_rows=1",
+        "activation_checkpointing=true",
+        "attention=documents",
+        "deepspeed=zero2",
+        "num_gpus=64",
+        "validation_rows=0",
+        f"out={tmp_path / 'out'}",
+        *overrides,
+    )
+    return {way["way"]: way for way in answer["stages"][0]["ways"]}
+
+
+def test_a_seventy_billion_teacher_is_weighed_online_and_cached(plan: Planner, tmp_path: Path) -> None:
+    """140 GB do not fit an H100; an eighth of them does, and so does nothing at all."""
+    found = ways(plan, tmp_path)
+    fits = {name: way["fits"] for name, way in found.items()}
+    assert fits == {
+        "online, resident": False,
+        "online, ZeRO-3": True,
+        "online, 8 bits": False,
+        "online, 4 bits": True,
+        "cached": True,
+    }
+    tokens = 10_000 * 256 * 8192
+    cached, spread = found["cached"], found["online, ZeRO-3"]
+    assert cached["cache_bytes"] == tokens * (3 * 16 + 1)
+    hours = tokens * PUBLISHED["meta-llama/Llama-3.1-70B"].forward_flops_per_token(4096) / 989.4e12 / 0.35 / 3600
+    assert cached["capture_gpu_hours"] == pytest.approx(hours)
+    assert cached["gpu_hours"] == pytest.approx(spread["gpu_hours"])
+    assert [name for name, way in found.items() if way["recommended"]] == ["online, ZeRO-3"]
+    fewer = ways(plan, tmp_path, "assume_entries_per_token=12")
+    assert fewer["cached"]["cache_bytes"] == tokens * (3 * 12 + 1)
+
+
+def test_two_teachers_take_the_sum_of_both_and_two_caches(plan: Planner, tmp_path: Path) -> None:
+    one, both = ways(plan, tmp_path), ways(plan, tmp_path, "teachers.a.path=meta-llama/Llama-3.1-8B")
+    eight = 2 * PUBLISHED["meta-llama/Llama-3.1-8B"].num_parameters
+    gap = both["online, resident"]["memory_bytes"] - one["online, resident"]["memory_bytes"]
+    assert gap == pytest.approx(eight, rel=0.02)
+    assert both["cached"]["cache_bytes"] == 2 * one["cached"]["cache_bytes"]
+    assert both["cached"]["memory_bytes"] == one["cached"]["memory_bytes"]
+
+
+def test_data_that_is_seen_many_times_is_captured_once(plan: Planner, data: Path, tmp_path: Path) -> None:
+    student, teacher = model(tmp_path / "s", data), model(tmp_path / "t", data, hidden_size=128)
+    answer = plan(
+        "recipe=distill",
+        f"student.path={student}",
+        f"teachers.big.path={teacher}",
+        f"data.path={data}",
+        "steps=1000",
+        "validation_rows=0",
+        f"out={tmp_path / 'out'}",
+    )
+    cached = answer["stages"][0]["ways"][-1]
+    rows = runs.read_json(data / "data.json")["splits"]["train"]["rows"]
+    assert cached["cache_bytes"] == rows * 64 * 49
+    assert cached["recommended"]
+
+
 def test_every_mistake_of_a_distillation_is_seen(plan: Planner, data: Path, tmp_path: Path) -> None:
     student = model(tmp_path / "s", data, max_position_embeddings=32)
     teacher = model(tmp_path / "t", data, vocab_size=512)

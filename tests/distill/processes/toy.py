@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
-from llamita.distill import engines, loop, optim
+from llamita.distill import engines, hidden, loop, lora, optim
 from llamita.distill.losses import IGNORE, LossConfig
 from llamita.distill.teachers import ResidentTeacher
 
@@ -46,6 +46,23 @@ def model(seed: int, *, hidden: int = 16, tied: bool = True, **overrides: Any) -
         **overrides,
     }
     return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def adapted(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
+    """A model whose weights rest, with adapters."""
+    student = model(seed)
+    lora.adapt(student, lora.LoraConfig(**{"rank": 4, **changes}), seed=3)
+    return student
+
+
+def matched(**changes: Any) -> dict[str, Any]:
+    """Arguments of a run in which both layers are matched with the first and third of a wider teacher."""
+    fields = {"weight": 0.5, "layers": [0, 1], **changes}
+    teacher = ResidentTeacher("big", model(2, hidden=24, tied=False, num_hidden_layers=3))
+    teacher.layers = (0, 2)
+    torch.manual_seed(5)
+    config = hidden.HiddenConfig(**fields)
+    return {"teachers": [teacher], "matching": hidden.Matching(config, [0, 1], 16, 24)}
 
 
 def rows(count: int, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
@@ -121,6 +138,7 @@ def trainer(
     deepspeed: engines.DeepSpeedConfig | None = None,
     accelerator: Accelerator | None = None,
     source: Any = None,
+    matching: hidden.Matching | None = None,
     **overrides: Any,
 ) -> loop.Trainer:
     config = settings(**overrides)
@@ -135,6 +153,7 @@ def trainer(
         loss or LossConfig(ce_weight=0.25, temperature=2.0),
         rule,
         config,
+        matching,
     )
     if teachers is None:
         teachers = [ResidentTeacher("big", model(2, hidden=24, tied=False))]
