@@ -412,6 +412,8 @@ class Sharded:
     """DeepSpeed ZeRO: optimiser states, gradients and weights are spread over ranks as its stage says."""
 
     needs_same_world = True
+    has_frozen = False
+    """Whether some weights rest: DeepSpeed's files then leave them out."""
 
     def __init__(self, accelerator: Accelerator, module: Student, config: optim.OptimConfig) -> None:
         self.student = module.student
