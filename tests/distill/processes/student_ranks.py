@@ -1,6 +1,6 @@
-"""The toy problem with adapters on each rank, under DDP and ZeRO, in one launch.
+"""The toy problem with adapters or matched layers on each rank, under DDP and ZeRO, in one launch.
 
-torchrun --nproc-per-node 2 tests/distill/processes/lora_ranks.py FOLDER PHASE...
+torchrun --nproc-per-node 2 tests/distill/processes/student_ranks.py FOLDER {lora,hidden}_{ddp,zeroN}[_resume|_again]...
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ import toy
 from llamita import runs
 
 
+def kind_of(name: str) -> dict[str, Any]:
+    """A student and what it is matched with, made anew: a run takes them over."""
+    return {"student": toy.adapted()} if name == "lora" else toy.matched()
+
+
 def phase(name: str, folder: Path) -> dict[str, Any]:
-    stage, _, rest = name.partition("_")
-    arguments: dict[str, Any] = {"micro_batch_rows": 2, "activation_checkpointing": rest == "again"}
+    kind, stage, *rest = name.split("_")
+    arguments: dict[str, Any] = {"micro_batch_rows": 2, "activation_checkpointing": "again" in rest}
     if stage != "ddp":
         arguments["deepspeed"] = ranks.zero(int(stage[-1]))
-    if rest == "resume":
+    if "resume" in rest:
         source = toy.Interrupted(batch=8, micro=2, rank=ranks.RANK, world=2)
         with contextlib.suppress(runs.Stopped):
-            toy.go(folder / name, student=toy.adapted(), source=source, **arguments)
+            toy.go(folder / name, source=source, **kind_of(kind), **arguments)
         ranks.forget_launch()
-    result = ranks.curve(folder / name, student=toy.adapted(), **arguments)
+    result = ranks.curve(folder / name, **kind_of(kind), **arguments)
     stored = [torch.load(file, weights_only=False)["module"] for file in (folder / name).rglob("step-6/**/*model_st*")]
     return result | {"stored": [key for module in stored[:1] for key in module if "rotary" not in key]}
 
