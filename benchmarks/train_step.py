@@ -49,15 +49,12 @@ SHAPES = {
 }
 
 
-@dataclasses.dataclass
 class Rows:
-    """Random rows cut into documents of the same length, or of one document each."""
+    """Random rows cut into documents of the same length."""
 
-    rows: int
-    length: int
-    vocabulary: int
-    document: int
-    step: int = 0
+    def __init__(self, rows: int, length: int, vocabulary: int, document: int) -> None:
+        self.rows, self.length, self.vocabulary, self.document = rows, length, vocabulary, document
+        self.step = 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self

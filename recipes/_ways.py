@@ -95,13 +95,14 @@ def _way(name: str, training: Training, device: Device, mfu: float) -> dict[str,
 
 def table(ways: Sequence[dict[str, Any]]) -> Table:
     """The ways for a reader."""
-    result = Table(title="ways to have the teachers", title_justify="left")
-    for title in ("way", "memory", "GPU-hours", "of them capture", "cache"):
-        result.add_column(title, justify="left" if title == "way" else "right", no_wrap=True)
+    result = Table(title="ways to have the teachers", title_justify="left", caption_justify="left")
+    result.caption = "* recommended, x too large for the device; capture: once, part of the GPU-hours"
+    for title in ("", "way", "memory", "GPU-hours", "capture", "cache"):
+        result.add_column(title, justify="left" if title in ("", "way") else "right", no_wrap=True)
     for way in ways:
-        mark = " *" if way["recommended"] else "" if way["fits"] else " (does not fit)"
         result.add_row(
-            way["way"] + mark,
+            "*" if way["recommended"] else "" if way["fits"] else "x",
+            way["way"],
             estimate.amount(way["memory_bytes"]),
             f"{way['gpu_hours']:,.1f}",
             f"{way['capture_gpu_hours']:,.1f}" if way["capture_gpu_hours"] else "",

@@ -120,9 +120,9 @@ def train(config: Distill, this: runs.Run) -> None:
     accelerator = engines.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
     main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
     parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
-    names = ["train", "validation"] if config.validation_rows else ["train"]
     if main:
-        cached.check_content(caches, parents, {name: data.split(name) for name in names}, data.content_hash)
+        splits = {name: data.split(name) for name in ("train", "validation")[: 2 if config.validation_rows else 1]}
+        cached.check_content(caches, parents, splits, data.content_hash)
     stored = cached.teachers_of(caches, config.teachers)
     model = student.load(
         config.student,

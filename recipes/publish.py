@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import MISSING, OmegaConf
 from transformers import LlamaConfig
 
 from llamita import checkpoints, runs
 from llamita.data.shards import PackedData
-from llamita.distill import saved, state, student
+from llamita.distill import lora, saved, state, student, teachers
 
 
 @dataclass(kw_only=True)
@@ -75,34 +76,52 @@ def check(config: Publish) -> tuple[dict[str, Any], Path]:
     return written["settings"], folder
 
 
-def student_of(settings: dict[str, Any], data: PackedData) -> tuple[LlamaConfig, Path]:
-    """The configuration of the run's student, and where its tokenizer lies."""
+def student_of(settings: dict[str, Any]) -> student.StudentConfig:
+    """The settings of the run's student."""
     schema = OmegaConf.structured(student.StudentConfig)
-    made: Any = OmegaConf.to_object(OmegaConf.merge(schema, settings["student"]))
-    llama = student.llama_config(
-        made,
+    made: student.StudentConfig = OmegaConf.to_object(OmegaConf.merge(schema, settings["student"]))
+    return made
+
+
+def llama_of(wanted: student.StudentConfig, data: PackedData) -> LlamaConfig:
+    """The configuration of the run's student."""
+    return student.llama_config(
+        wanted,
         vocab_size=data.vocab_size,
         tokenizer_path=data.tokenizer_path,
         sequence_length=data.sequence_length,
     )
-    return llama, made.path or data.tokenizer_path
+
+
+def trained_of(
+    wanted: student.StudentConfig, llama: LlamaConfig, found: saved.Saved, dtype: torch.dtype
+) -> student.Trained:
+    """The student's weights: those of the checkpoint, or those that rested, with the checkpoint's adapters added."""
+    if not wanted.lora.rank:
+        found.check(list(checkpoints.stored_tensors(llama)), beside=False)
+        return found
+    cpu, attention = torch.device("cpu"), teachers.Attention.sdpa
+    model = student.load(wanted, llama, seed=0, attention=attention, device=cpu, resting=dtype)
+    found.check([name for name, _ in model.named_parameters() if lora.is_adapter(name)], beside=False)
+    found.restore(model)
+    return lora.Merged(model)
 
 
 def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
     """Write the model in the precision that the run itself would have published."""
     data = PackedData.open(Path(settings["data"]["path"]))
-    llama, source = student_of(settings, data)
+    wanted = student_of(settings)
+    llama, source = llama_of(wanted, data), wanted.path or data.tokenizer_path
     progress = runs.read_json(folder / state.STATE)
     parents = progress["parents"] | {"data": data.content_hash}
-    trained = saved.Saved(folder)
-    trained.check(list(checkpoints.stored_tensors(llama)))
+    dtype = checkpoints.dtype_named(progress["dtype"])
     files = student.publish(
-        trained,
+        trained_of(wanted, llama, saved.Saved(folder), dtype),
         llama,
         this.path,
         main=True,
         source=source,
-        dtype=checkpoints.dtype_named(progress["dtype"]),
+        dtype=dtype,
         provenance={
             "recipe": "publish",
             "parents": {name: {"sha256": sha256} for name, sha256 in parents.items()},

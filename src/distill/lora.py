@@ -99,6 +99,17 @@ def _together(_: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+class Merged:
+    """A student with adapters as it is published: one matrix where an adapter corrects another."""
+
+    def __init__(self, student: LlamaForCausalLM) -> None:
+        self._student = student
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As the function of that name."""
+        return tensors(self._student)
+
+
 @torch.no_grad()
 def tensors(
     student: LlamaForCausalLM, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = _together

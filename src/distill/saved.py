@@ -14,9 +14,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
 
+MATCHING = "matching."
+"""Before the names of what is trained beside a student and not published with it."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,13 +80,14 @@ class Saved:
             found |= dict.fromkeys(handle.keys(), handle)
         return found
 
-    def check(self, names: Sequence[str]) -> None:
-        """Refuse a checkpoint of other parameters.
+    def check(self, names: Sequence[str], *, beside: bool = True) -> None:
+        """Refuse a checkpoint of other parameters; ``beside``: what was trained beside the student counts.
 
         Raises:
             ValueError: naming some that are missing or too many.
         """
-        if wrong := sorted(self._weights.keys() ^ set(names)):
+        here = {name for name in self._weights if beside or not name.startswith(MATCHING)}
+        if wrong := sorted(here ^ set(names)):
             raise ValueError(f"{self.folder} and the student differ in {len(wrong)} parameters: {', '.join(wrong[:3])}")
 
     def weight(self, name: str) -> Tensor:
@@ -92,9 +96,16 @@ class Saved:
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its name, one at a time."""
+        """Every parameter of the student by its name, one at a time."""
         for name in self._weights:
-            yield name, self.weight(name)
+            if not name.startswith(MATCHING):
+                yield name, self.weight(name)
+
+    def restore(self, student: LlamaForCausalLM) -> None:
+        """Put what was trained of a student into it, on the CPU; what is not here rested, and stays."""
+        parameters = dict(student.named_parameters())
+        for name, tensor in self.tensors():
+            parameters[name].data.copy_(tensor)
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """A parameter's moments; none where no step has been taken on it."""

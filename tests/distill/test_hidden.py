@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,6 @@ from llamita import checkpoints, runs
 from llamita.distill import hidden
 from llamita.distill.hidden import Distance, HiddenConfig, Matching
 from llamita.distill.losses import LossConfig
-
-HERE = Path(__file__).resolve().parent / "processes"
-TYPINGS = Path(__file__).resolve().parents[2] / "typings"
 
 
 @pytest.mark.parametrize("distance", Distance)
@@ -133,19 +126,13 @@ def test_what_cannot_be_meant_is_refused(call: Any, message: str) -> None:
         call()
 
 
-PHASES = ("ddp", "zero2", "zero3")
+PHASES = ("hidden_ddp", "hidden_zero2_resume", "hidden_zero3_resume_again")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks say about each phase."""
-    folder = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TYPINGS)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "hidden_ranks.py"), str(folder), *PHASES]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return toy.two_ranks("student_ranks.py", tmp_path_factory.mktemp("ranks"), *PHASES)
 
 
 @pytest.fixture(scope="module")

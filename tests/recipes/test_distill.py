@@ -163,15 +163,14 @@ def test_adapters_and_matched_layers_end_in_a_stock_llama_and_leave_no_trace_but
 def test_layers_are_matched_through_the_plan_of_the_student(
     recipe: Callable[[str], ModuleType], teacher: Path, data: Path, tmp_path: Path
 ) -> None:
-    """A student of one layer, whose plan kept the teacher's second; without a plan it is refused before it starts."""
-    module, prune, pruned = recipe("distill"), recipe("prune"), tmp_path / "pruned"
-    compose = ["model.path=" + str(teacher), "target.num_hidden_layers=1", f"out={pruned}"]
-    compose += ["scores.mlp=magnitude", "scores.heads=magnitude", "scores.hidden=magnitude", "scores.layers=last"]
+    """A student of one layer, which its plan took from the teacher's two; without a plan nothing starts."""
+    module, pruned = recipe("distill"), tmp_path / "pruned"
+    compose = [f"model.path={teacher}", "target.num_hidden_layers=1", f"out={pruned}"]
+    compose += [f"scores.{axis}=magnitude" for axis in ("mlp", "attention", "hidden", "layers")]
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "recipes/prune.py"), *compose], text=True, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    del prune
     config = settings(
         module,
         data,

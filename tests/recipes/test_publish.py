@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamita import checkpoints, runs
 from llamita.distill import engines, optim, student
+from llamita.distill.lora import LoraConfig
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,28 @@ def test_a_step_can_be_chosen_and_is_another_model(
     assert runs.check_done(tmp_path / "model")["summary"]["step"] == 2
     published, last = (checkpoints.Weights(path)["model.embed_tokens.weight"] for path in (tmp_path / "model", trained))
     assert not published.equal(last)
+
+
+def test_adapters_of_a_checkpoint_are_added_to_the_weights_that_rested(
+    recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("distill"), tmp_path / "adapted"
+    module.run(
+        module.Distill(
+            student=student.StudentConfig(path=trained, lora=LoraConfig(rank=2)),
+            data=module.DataConfig(path=data),
+            steps=2,
+            global_batch_rows=4,
+            micro_batch_rows=4,
+            validation_rows=0,
+            precision=engines.Precision.bfloat16,
+            optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=1),
+            out=out,
+        )
+    )
+    publish(recipe, out, tmp_path / "model")
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "model/model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
 
 
 def damaged(killed: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,3 +194,15 @@ def go(out: Path, **arguments: Any) -> loop.Trainer:
         job = trainer(run, **arguments)
         job.train()
         return job
+
+
+def two_ranks(script: str, folder: Path, *phases: str) -> list[dict[str, Any]]:
+    """Run a script of this directory on two processes, and return what each rank says of every phase."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env["PYTHONPATH"] = f"{here.parents[2] / 'typings'}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(here / script), str(folder), *phases]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
