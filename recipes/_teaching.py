@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from transformers import LlamaConfig
 
 from llamita import checkpoints
-from llamita.distill import hidden, speed, teachers
+from llamita.data import loader
+from llamita.data.shards import PackedData
+from llamita.distill import hidden, loop, speed, teachers
+from llamita.evaluate import token_bytes
 from llamita.prune.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 def meter(config: Any, llama: LlamaConfig, device: torch.device) -> speed.Meter:
@@ -78,3 +84,18 @@ def matching(
     torch.manual_seed(seed)
     size = _shape(config.teachers[name].path).hidden_size
     return hidden.Matching(config.loss.hidden, list(matched), llama.hidden_size, size, index=index)
+
+
+def held_out(config: Any, data: PackedData) -> loop.Validation:
+    """The first rows of the held-out documents; bits per byte where the tokenizer's tokens are bytes."""
+    if config.validation_rows == 0:
+        return loop.Validation()
+    batches = loader.Sequential(
+        data.split("validation"), batch_rows=config.micro_batch_rows, max_rows=config.validation_rows
+    )
+    table: torch.Tensor | None = None
+    try:
+        table = token_bytes(checkpoints.load_tokenizer(data.tokenizer_path))
+    except ValueError as reason:
+        log.info("no bits per byte: %s", reason)
+    return loop.Validation(sets={"held_out": list(batches)}, token_bytes=table)

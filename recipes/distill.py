@@ -9,7 +9,6 @@ from __future__ import annotations
 from _main import command, exit_with, store  # isort: skip
 
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from llamita.data import loader
 from llamita.data.shards import PackedData
 from llamita.distill import cached, engines, loop, losses, optim, placement, state, student, teachers
 from llamita.distill.cache import Cache
-from llamita.evaluate import token_bytes
 
 
 @dataclass(kw_only=True)
@@ -54,7 +52,6 @@ class Distill(loop.LoopConfig):
             self.loss.check_without_teacher()
 
 
-log = logging.getLogger(__name__)
 store("distill_schema", Distill)
 
 
@@ -163,7 +160,7 @@ def train(config: Distill, this: runs.Run) -> None:
         config=config,
         optim=config.optim,
         run=this,
-        validation=held_out(config, data),
+        validation=_teaching.held_out(config, data),
         rows_per_epoch=len(split),
         parents=parents,
         meter=_teaching.meter(config, llama, accelerator.device),
@@ -183,21 +180,6 @@ def train(config: Distill, this: runs.Run) -> None:
     this.finish(files, parents=hashes, summary=metrics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def held_out(config: Distill, data: PackedData) -> loop.Validation:
-    """The first rows of the held-out documents; bits per byte where the tokenizer's tokens are bytes."""
-    if config.validation_rows == 0:
-        return loop.Validation()
-    batches = loader.Sequential(
-        data.split("validation"), batch_rows=config.micro_batch_rows, max_rows=config.validation_rows
-    )
-    table: torch.Tensor | None = None
-    try:
-        table = token_bytes(checkpoints.load_tokenizer(data.tokenizer_path))
-    except ValueError as reason:
-        log.info("no bits per byte: %s", reason)
-    return loop.Validation(sets={"held_out": list(batches)}, token_bytes=table)
 
 
 main = command("distill", Distill, run)
