@@ -32,7 +32,7 @@ def interpreted(files: list[str], chosen: str) -> None:
 @needs_triton
 @pytest.mark.slow
 def test_the_kernels_give_the_dense_definition_of_every_divergence() -> None:
-    interpreted(["test_losses.py"], "every_loss and (1-1.0 or 1-4.0 or (3 and 0.5)) or statistics or far_beyond")
+    interpreted(["test_losses.py"], "every_loss and ([1- and 1.0] or [3- and 0.5]) or statistics")
 
 
 @needs_triton

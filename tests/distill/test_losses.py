@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +176,7 @@ def test_logits_far_beyond_any_probability_make_no_nan() -> None:
         assert torch.isfinite(head.grad).all()
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter keeps copies of its own")
 def test_logits_never_exist_for_the_whole_batch() -> None:
     """No tensor made on the way is larger than a chunk's logits, the head, or the hidden states."""
 
