@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llamita import checkpoints, runs
 from llamita.data.shards import PackedData
-from llamita.distill import cache_format, capture, losses
+from llamita.distill import cache_format, capture, losses, samplers
 from llamita.distill.cache import Cache, Identity, Rows
 from llamita.distill.samplers import Sampler
 from llamita.distill.teachers import Attention, Batch
@@ -114,12 +114,11 @@ class Bench:
         """Sum over positions of sum p^2 - 2 sum t p + sum t^2."""
         picked = losses.supervised(batch["labels"])
         states = worker.states(batch, picked)
-        exact = torch.promote_types(states.head.dtype, torch.float32)
         lengths = found["lengths"][:, :-1][picked]
         total = float(found["values"].double().square().sum())
         begin = 0
         for hidden, part in zip(states.hidden.split(512), lengths.split(512), strict=True):
-            p = losses.project(hidden, states.head, exact).softmax(-1).double().cpu()
+            p = samplers.logits(hidden, states.head).softmax(-1).double().cpu()
             end = begin + int(part.sum())
             rows = torch.arange(len(part)).repeat_interleave(part)
             at = p[rows, found["ids"][begin:end]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class Bench:
 
     def train(self, method: Method, seed: int) -> Row:
         """One student."""
-        told, out = self.told, self.told.out / "students" / f"{method.name.replace(' ', '-').replace(',', '')}-{seed}"
+        told, out = self.told, self.told.out / "students" / f"{re.sub(r'[^a-z0-9]+', '-', method.name)}-{seed}"
         caches = [self.cache(one) for one in method.stored]
         teachers = {f"teachers__online{n}__path": path for n, path in enumerate(method.online)}
         teachers |= {f"teachers__stored{n}__cache": path for n, path in enumerate(caches)}

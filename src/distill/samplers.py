@@ -15,7 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from llamita.distill.losses import TeacherStates, project
+from llamita.distill.losses import TeacherStates
 
 ONE = 2**48
 """The fixed-point number of probability 1: 63 times it still fits 64 bits, and V roundings stay below 1e-9."""
@@ -98,11 +98,10 @@ def sample(
     chunk_mebibytes: int,
 ) -> Draws:
     """Entries for hidden states ``[N, E]``, a chunk of positions at a time, so that ``[N, V]`` never exists."""
-    exact = torch.promote_types(teacher.head.dtype, torch.float32)
     rows = max(1, chunk_mebibytes * 2**20 // (CHUNK_BYTES_PER_VALUE * teacher.head.shape[0]))
     parts = [
         draw(
-            project(teacher.hidden[start : start + rows], teacher.head, exact),
+            logits(teacher.hidden[start : start + rows], teacher.head),
             sampler,
             samples,
             uniform_NK[start : start + rows],
@@ -113,6 +112,16 @@ def sample(
     return Draws(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "counts", "values", "lengths"))
     )
+
+
+def logits(hidden_CE: Tensor, head_VE: Tensor) -> Tensor:
+    """``[C, V]`` in float32 or better, accumulated at that precision."""
+    exact = torch.promote_types(head_VE.dtype, torch.float32)
+    hidden_CE = hidden_CE.to(head_VE.dtype)
+    if hidden_CE.is_cuda and exact != head_VE.dtype:
+        return torch.mm(hidden_CE, head_VE.T, out_dtype=exact)
+    # No kernel for the CPU takes bfloat16 in and gives float32 out; the product of two bfloat16 is exact in float32.
+    return hidden_CE.to(exact) @ head_VE.T.to(exact)
 
 
 def _fixed_point(logits_CV: Tensor, temperature: float) -> Tensor:
