@@ -79,7 +79,8 @@ def check(config: Publish) -> tuple[dict[str, Any], Path]:
 def student_of(settings: dict[str, Any]) -> student.StudentConfig:
     """The settings of the run's student."""
     schema = OmegaConf.structured(student.StudentConfig)
-    made: student.StudentConfig = OmegaConf.to_object(OmegaConf.merge(schema, settings["student"]))
+    made: Any = OmegaConf.to_object(OmegaConf.merge(schema, settings["student"]))
+    assert isinstance(made, student.StudentConfig)
     return made
 
 

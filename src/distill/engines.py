@@ -255,7 +255,9 @@ class Student(nn.Module):
             with hidden.captured(self.student, matching.layers if matching else ()) as layers:
                 last = last_hidden(self.student, work.batch, work.mask)
             if matching is not None:
-                distance = matching(layers, work.teachers[matching.index].layers, supervised(labels))
+                teacher = work.teachers[matching.index]
+                assert isinstance(teacher, TeacherStates)
+                distance = matching(layers, teacher.layers, supervised(labels))
         loss, sums = self.student.lm_head(
             last,
             labels,

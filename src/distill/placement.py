@@ -81,8 +81,10 @@ def compare(
         return
     mine = list(batches)[accelerator.process_index :: accelerator.num_processes]
     for teacher in chosen:
+        config = configs[teacher.name]
         assert isinstance(teacher, ResidentTeacher)
-        config, total, count = configs[teacher.name], 0.0, 0
+        assert config.path is not None
+        total, count = 0.0, 0
         if mine:
             total, count = quantised.divergence(
                 teacher.model, config.path, mine, dtype=dtype, device=accelerator.device

@@ -124,6 +124,8 @@ def node_group() -> Any:
 class ShardedTeacher:
     """A frozen model in pieces, one of each layer on each process of ``group``."""
 
+    is_sparse = False
+
     def __init__(
         self,
         name: str,

@@ -78,6 +78,11 @@ class TeacherConfig:
                 raise ValueError(f"teachers.<name>.{name} must be > 0 and finite, got {value}")
         if self.path is None and self.cache is None:
             raise ValueError("teachers.<name> needs path, or cache, or both, got neither")
+        if self.cache is not None and (self.placement, self.weights) != (Placement.resident, Storage.full):
+            raise ValueError(
+                f"teachers.<name>.placement={self.placement} and weights={self.weights} say how a teacher is run: "
+                "one with a cache is not run, leave them at resident and full"
+            )
         if self.placement is Placement.zero3 and self.weights is not Storage.full:
             raise ValueError(
                 f"teachers.<name>.weights={self.weights} does not go with placement=zero3: spread weights are not "
