@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llamita.distill import hidden, lora, optim, saved, zero
-from llamita.distill.losses import LossConfig, Targets, distillation_loss, supervised
+from llamita.distill.losses import LossConfig, Targets, TeacherStates, distillation_loss, supervised
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
