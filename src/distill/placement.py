@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -40,24 +39,30 @@ def load_all(
         ValueError: a directory's tensors are not those of its configuration, or were not read as they are.
     """
     return [
-        _load(name, config, config.path, dtype=dtype, device=device, attention=attention)
+        load(name, config, dtype=dtype, device=device, attention=attention)
         for name, config in teachers.items()
-        if config.cache is None and config.path is not None
+        if config.cache is None
     ]
 
 
-def _load(
-    name: str, config: TeacherConfig, path: Path, *, dtype: torch.dtype, device: torch.device, attention: Attention
+def load(
+    name: str, config: TeacherConfig, *, dtype: torch.dtype, device: torch.device, attention: Attention
 ) -> Teacher:
+    """The teacher that ``config`` describes, which has a path; every rank calls this.
+
+    Raises:
+        ValueError: as :func:`load_all`.
+    """
+    assert config.path is not None
     if config.weights is not Storage.full:
-        model = quantised.load(path, config.weights, dtype=dtype, device=device, attention=attention)
+        model = quantised.load(config.path, config.weights, dtype=dtype, device=device, attention=attention)
         return ResidentTeacher(name, model, config.weight)
     match config.placement:
         case Placement.resident:
             kind: type[ResidentTeacher | ShardedTeacher] = ResidentTeacher
         case Placement.zero3:
             kind = ShardedTeacher
-    return kind.load(name, path, config.weight, dtype=dtype, device=device, attention=attention)
+    return kind.load(name, config.path, config.weight, dtype=dtype, device=device, attention=attention)
 
 
 def compare(

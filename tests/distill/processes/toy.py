@@ -156,7 +156,7 @@ def trainer(
         loss or LossConfig(ce_weight=0.25, temperature=2.0),
         rule,
         config,
-        matching,
+        matching=matching,
     )
     if teachers is None:
         teachers = [ResidentTeacher("big", model(2, hidden=24, tied=False))]
