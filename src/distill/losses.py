@@ -130,7 +130,7 @@ def supervised(labels_BS: Tensor) -> Tensor:
     return labels_BS[:, 1:] != IGNORE
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distillation_loss(
     hidden_BSH: Tensor,
     head_VH: Tensor,
