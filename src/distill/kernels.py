@@ -258,13 +258,14 @@ def evaluate(
     for one_CW, one in zip(teachers_CW, log_z[1:], strict=True):
         _log_z(one_CW, one, one, vocabulary, temperature)
     rows = Rows(logits_CW.new_zeros(KL + num_teachers, dtype=torch.float64), log_z[0], log_z1, list(log_z[1:]))
-    if num_teachers > 1 and objective.measure:
+    is_one = objective.shares == (1.0,)
+    if objective.measure and not is_one:
         alone = replace(objective, divergence=Divergence.forward_kl, shares=(1.0,), measure=False)
         for i in range(num_teachers):
             part = _sums(logits_CW, teachers_CW[i : i + 1], labels_C, alone, None, rows, log_z[1 + i], vocabulary)
             rows.sums[KL + i] = part[KD]
     sums = _sums(logits_CW, teachers_CW, labels_C, objective, slope_CW, rows, log_z[1:], vocabulary)
-    known = KL + (num_teachers == 1)
+    known = KL + is_one
     rows.sums[:known] = sums[:known]
     return rows
 
