@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from llamita import estimate
+from llamita.distill.teachers import Placement, Storage, TeacherConfig
 from llamita.estimate import Device, Teacher, Training
 
 ENTRY_BYTES = 3.0
@@ -19,19 +20,20 @@ NODE_PROCESSES = 8
 WORTH = 0.95
 """Share of the GPU-hours online below which a cache is recommended."""
 INT8_BYTES = 1.0
-NF4_BYTES = 0.5 + 4 / 64
-"""Four bits, and a float32 scale for every 64 values (Dettmers et al., 2023, arXiv:2305.14314, section 3)."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Four bits; a scale for every 64 values, in a byte, and a float32 for every 256 scales (Dettmers et al., 2023,
+arXiv:2305.14314, section 3)."""
 
 
-def is_cached(config: Any) -> bool:
+def is_cached(config: TeacherConfig) -> bool:
     """Whether the teacher is read and not run."""
-    return getattr(config, "cache", None) is not None
+    return config.cache is not None
 
 
-def placed(teacher: Teacher, config: Any, processes: int) -> Teacher:
+def placed(teacher: Teacher, config: TeacherConfig, processes: int) -> Teacher:
     """The teacher as its settings place and store it."""
-    matrix = {"int8": INT8_BYTES, "nf4": NF4_BYTES}.get(str(getattr(config, "weights", "full")))
-    spread = str(getattr(config, "placement", "resident")) == "zero3"
+    matrix = {Storage.int8: INT8_BYTES, Storage.nf4: NF4_BYTES}.get(config.weights)
+    spread = config.placement is Placement.zero3
     return dataclasses.replace(teacher, processes=min(processes, NODE_PROCESSES) if spread else 1, matrix_bytes=matrix)
 
 
