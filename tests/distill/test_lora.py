@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
-from llamita.distill import engines, lora, losses, student
+from llamita.distill import engines, fused, lora, losses, student
 from llamita.distill.lora import LoraConfig, Projection
 
 
@@ -120,8 +120,8 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 def test_a_resting_head_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither computed nor stored: at 128,256 ids it would be a gigabyte and a third of the loss's products."""
     products: list[tuple[int, ...]] = []
-    add = losses._add_matmul
-    monkeypatch.setattr(losses, "_add_matmul", lambda total, a, b: (products.append(total.shape), add(total, a, b)))
+    add = fused._add_matmul
+    monkeypatch.setattr(fused, "_add_matmul", lambda total, a, b: (products.append(total.shape), add(total, a, b)))
     for model, wanted in ((toy.adapted(), 0), (toy.model(1), 1)):
         products.clear()
         module = engines.Student(model, losses.LossConfig(), torch.float32, autocast=False)
