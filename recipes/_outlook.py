@@ -16,7 +16,7 @@ import _compose
 import _ways
 from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
 from llamita.data import shards, sources, tokens
-from llamita.distill import cache_format, capture, loop, student
+from llamita.distill import cache_format, capture, fused, loop, student
 from llamita.distill.engines import Precision
 from llamita.distill.teachers import Attention
 from llamita.prune.ranking import check_wanted
@@ -497,7 +497,7 @@ def _distill(config: Any, world: World, outlook: Outlook) -> None:
     precision = estimate.Precision.float32
     if half:
         precision = estimate.Precision.bfloat16 if stage else estimate.Precision.autocast
-    mebibytes = config.loss.chunk_mebibytes or (1024 if world.hardware.is_gpu else 8)
+    mebibytes = config.loss.chunk_mebibytes or fused.default_mebibytes("cuda" if world.hardware.is_gpu else "cpu")
     training = estimate.Training(
         student=student,
         teachers=[],

@@ -67,6 +67,9 @@ def compare(
         del kinds["online, ZeRO-3"]
     ways = [_way(name, dataclasses.replace(training, teachers=kind), device, mfu) for name, kind in kinds.items()]
     cached = _way("cached", dataclasses.replace(training, teachers=()), device, mfu)
+    # recipes/cache.py holds a teacher whole, in the precision of its layers.
+    largest = max(teacher.shape.num_parameters * teacher.bytes_per_value for teacher in teachers)
+    cached["fits"] = cached["fits"] and largest <= device.memory_bytes
     context = training.sequence_length / 2
     if training.validation_rows:
         tokens += training.validation_rows * training.sequence_length
@@ -98,7 +101,9 @@ def _way(name: str, training: Training, device: Device, mfu: float) -> dict[str,
 def table(ways: Sequence[dict[str, Any]]) -> Table:
     """The ways for a reader."""
     result = Table(title="ways to have the teachers", title_justify="left", caption_justify="left")
-    result.caption = "* recommended, x too large for the device; capture: once, part of the GPU-hours"
+    result.caption = (
+        "* recommended, x too large for the device (cached: its teacher is); capture: once, part of the GPU-hours"
+    )
     for title in ("", "way", "memory", "GPU-hours", "capture", "cache"):
         result.add_column(title, justify="left" if title in ("", "way") else "right", no_wrap=True)
     for way in ways:

@@ -1,6 +1,6 @@
 """Run a teacher once over packed rows and store its distributions; any number of students then learn from them.
 
-python recipes/cache.py teacher.path=Llama-3.1-70B data.path=data samples_per_token=50 out=cache
+python recipes/cache.py teacher.path=Llama-3.1-8B data.path=data samples_per_token=50 out=cache
 torchrun --nproc-per-node 8 recipes/cache.py … worker=3 workers=16        (an array of 16 jobs of 8 GPUs)
 """
 
@@ -26,7 +26,7 @@ from llamita.distill.cache import Identity
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 600.0
-"""How long a worker waits for another one that looks at the same directory at this moment."""
+"""How long a worker waits for another one that looks at the same directory."""
 
 
 @dataclass(kw_only=True)
@@ -114,54 +114,57 @@ def run(config: Cache) -> None:
         Inputs(config)
     state = evaluate.join_launch()
     inputs, main = Inputs(config), state.is_main_process
+    # Before anything is owned: of a large teacher this takes minutes.
+    identity = inputs.identity(config, state.device) if main and not (config.out / "DONE.json").is_file() else None
     with owned(config) as whole:
         if whole.done:
             if config.verify and main:
                 verify(config, inputs, state.device)
             return
         if main:
-            capture.claim(config.out, inputs.identity(config, state.device))
+            capture.claim(config.out, identity or inputs.identity(config, state.device))
         state.wait_for_everyone()
         if config.workers == 1:
             work(config, inputs, state, whole)
             state.wait_for_everyone()
             finish(config, inputs, state.device, whole)
             return
-    folder = config.out / "workers" / f"{config.worker:05d}"
+    folder = config.out / "workers" / f"{config.worker:05d}-of-{config.workers:05d}"
+    if main and capture.missing(config.out, inputs.shards[config.worker :: config.workers]):
+        (folder / "DONE.json").unlink(missing_ok=True)  # it was done once, and a damaged shard has been removed since
+    state.wait_for_everyone()
     with runs.start(folder, "cache", runs.plain(config), config.run, may_change=capture.MAY_CHANGE) as mine:
         if not mine.done:
             work(config, inputs, state, mine)
             state.wait_for_everyone()
             mine.finish([])
     with owned(config) as whole:
-        if not whole.done and not capture.missing(config.out, inputs.shards):
+        if left := len(capture.missing(config.out, inputs.shards)):
+            log.info("%d of %d shards are still missing, which other workers capture", left, len(inputs.shards))
+        elif not whole.done:
             finish(config, inputs, state.device, whole)
 
 
 def owned(config: Cache) -> AbstractContextManager[runs.Run]:
     """Own ``out``; workers share it, and each waits while another one looks at it."""
     shared = config.workers > 1
-    # A dashboard gets a run for each worker, not one for each look at the directory that they share.
+    # A dashboard gets a run for each worker, not for each look at what they share.
     quiet = dataclasses.replace(config.run, wandb=runs.WandbMode.off) if shared else config.run
-    seconds = WAIT_SECONDS if shared else 0.0
-    return runs.start_when_free(
-        config.out, "cache", runs.plain(config), quiet, may_change=capture.MAY_CHANGE, seconds=seconds
-    )
+    plain, seconds = runs.plain(config), WAIT_SECONDS if shared else 0.0
+    return runs.start_when_free(config.out, "cache", plain, quiet, may_change=capture.MAY_CHANGE, seconds=seconds)
 
 
 def work(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> None:
     """Capture what is missing of this process's share: every n-th shard, over workers and their processes."""
     part, parts = config.worker * state.num_processes + state.process_index, config.workers * state.num_processes
-    mine = capture.missing(config.out, inputs.shards[part::parts])
-    if mine:
+    if mine := capture.missing(config.out, inputs.shards[part::parts]):
         teacher = load(config, state.device)
         capture.capture_all(teacher, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows)
 
 
 def load(config: Cache, device: torch.device) -> capture.Capture:
     """The teacher that the directory was claimed for."""
-    identity = Identity.read(config.out / cache.IDENTITY)
-    teacher = config.teacher
+    identity, teacher = Identity.read(config.out / cache.IDENTITY), config.teacher
     return capture.Capture.load(teacher.path, identity, device, teacher.attention, config.chunk_mebibytes)
 
 

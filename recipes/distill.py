@@ -59,11 +59,16 @@ def run(config: Distill) -> None:
     """Train, or go on training, in ``config.out``, and publish the student at its root."""
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         check(config)
-    with runs.start(config.out, "distill", runs.plain(config), config.run, may_change=loop.MAY_CHANGE) as this:
+    with runs.start(config.out, "distill", runs.plain(config), config.run, may_change=may_change(config)) as this:
         if not this.done:
             train(config, this)
         if runs.is_main_process():
             state.prune(this.path / "checkpoints", config.keep_checkpoints)
+
+
+def may_change(config: Distill) -> tuple[str, ...]:
+    """Settings that a restart may change."""
+    return (*loop.MAY_CHANGE, *(f"teachers.{name}.max_kl" for name in config.teachers))
 
 
 def models(config: Distill) -> dict[str, Path]:
@@ -120,6 +125,7 @@ def train(config: Distill, this: runs.Run) -> None:
     if main:
         splits = {name: data.split(name) for name in ("train", "validation")[: 2 if config.validation_rows else 1]}
         cached.check_content(caches, parents, splits, data.content_hash)
+    accelerator.wait_for_everyone()  # in a group that waits for hours: hashes of 70B take longer than NCCL's own limit
     stored = cached.teachers_of(caches, config.teachers)
     model = student.load(
         config.student,
@@ -136,6 +142,8 @@ def train(config: Distill, this: runs.Run) -> None:
     engine = engines.build(
         accelerator, model, config.loss, config.optim, config, vocabulary=data.vocab_size, matching=matching
     )
+    # Dropout draws something else on every rank, and goes on with what a checkpoint says.
+    torch.manual_seed(config.run.seed + 1 + accelerator.process_index)
     split = data.split("train")
     source = loader.Loader(
         split,
@@ -150,7 +158,7 @@ def train(config: Distill, this: runs.Run) -> None:
         batch_rows=config.micro_batch_rows,
         max_rows=placement.KL_ROWS,
     )
-    placement.compare(beside, config.teachers, rows, accelerator=accelerator, dtype=dtype, run=this)
+    costs = placement.compare(beside, config.teachers, rows, accelerator=accelerator, dtype=dtype, run=this)
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,
@@ -163,6 +171,7 @@ def train(config: Distill, this: runs.Run) -> None:
         validation=_teaching.held_out(config, data),
         rows_per_epoch=len(split),
         parents=parents,
+        costs=costs,
         meter=_teaching.meter(config, llama, accelerator.device),
     )
     metrics = job.train()

@@ -25,6 +25,7 @@ import _outlook
 import _ways
 from _outlook import Outlook, World
 from llamita import estimate, redaction, runs
+from llamita.distill import capture
 
 
 class Recipe(StrEnum):
@@ -58,7 +59,7 @@ class Plan:
     """Assumed share of the hardware's peak; unset: a usual one, named in the plan."""
     assume_sequence_length: int = 8192
     """Tokens per row where the data does not exist yet."""
-    assume_entries_per_token: float = 16.0
+    assume_entries_per_token: float = float(capture.USUAL_ENTRIES)
     """Of a cache, at 3 bytes each: 50 systematic samples leave about 12 to 20 different ids of a Llama's vocabulary."""
     format: Format = Format.table
     save: bool = False

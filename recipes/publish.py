@@ -94,10 +94,25 @@ def llama_of(wanted: student.StudentConfig, data: PackedData) -> LlamaConfig:
     )
 
 
+def check_parents(wanted: student.StudentConfig, data: PackedData, folder: Path, progress: dict[str, Any]) -> None:
+    """Hold that student and data are those of the run: adapters correct no other weights.
+
+    Raises:
+        ValueError: naming what has changed.
+    """
+    if wanted.path and checkpoints.content_hash(wanted.path) != progress["parents"]["student"]:
+        raise ValueError(f"student.path={wanted.path} is not what {folder} was trained from: its weights have changed")
+    if data.split("train").content_hash != progress["data"]["data_hash"]:
+        raise ValueError(f"data.path={data.path} is not what {folder} was trained on: its rows have changed")
+
+
 def trained_of(
-    wanted: student.StudentConfig, llama: LlamaConfig, found: saved.Saved, dtype: torch.dtype
+    wanted: student.StudentConfig, llama: LlamaConfig, found: saved.Saved, dtype: torch.dtype, *, rounded: bool
 ) -> student.Trained:
-    """The student's weights: those of the checkpoint, or those that rested, with the checkpoint's adapters added."""
+    """The student's weights: those of the checkpoint, or those that rested, with the checkpoint's adapters added.
+
+    ``rounded``: adapters in the precision of the layers, as DeepSpeed holds them beside those that it saves.
+    """
     if not wanted.lora.rank:
         found.check(list(checkpoints.stored_tensors(llama)), beside=False)
         return found
@@ -105,6 +120,9 @@ def trained_of(
     model = student.load(wanted, llama, seed=0, attention=attention, device=cpu, resting=dtype)
     found.check([name for name, _ in model.named_parameters() if lora.is_adapter(name)], beside=False)
     found.restore(model)
+    for name, parameter in model.named_parameters():
+        if rounded and lora.is_adapter(name):
+            parameter.data = parameter.data.to(dtype).float()
     return lora.Merged(model)
 
 
@@ -115,9 +133,10 @@ def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
     llama, source = llama_of(wanted, data), wanted.path or data.tokenizer_path
     progress = runs.read_json(folder / state.STATE)
     parents = progress["parents"] | {"data": data.content_hash}
+    check_parents(wanted, data, folder, progress)
     dtype = checkpoints.dtype_named(progress["dtype"])
     files = student.publish(
-        trained_of(wanted, llama, saved.Saved(folder), dtype),
+        trained_of(wanted, llama, saved.Saved(folder), dtype, rounded=settings["deepspeed"]["stage"] > 0),
         llama,
         this.path,
         main=True,

@@ -256,9 +256,11 @@ def loss_bytes(training: Training) -> dict[str, float]:
 def teacher_bytes(teacher: Teacher, tokens: int) -> dict[str, float]:
     """Bytes of a resident teacher: its weights, and the widest moment of its forward pass."""
     shape, value = teacher.shape, teacher.bytes_per_value
-    weights = teacher.weight_bytes / teacher.processes
-    if teacher.processes > 1:
-        weights += value * max(2 * shape.layer_parameters, shape.vocab_size * shape.hidden_size)
+    weights = teacher.weight_bytes
+    if teacher.processes > 1:  # the head is whole, and two buffers hold a layer, or the embedding, each
+        matrix = value * shape.vocab_size * shape.hidden_size
+        weights = (weights - matrix) / teacher.processes + matrix
+        weights += 2 * max(value * shape.layer_parameters, 0 if shape.tie_word_embeddings else matrix)
     # Residual, normed input, gate, its SiLU, up and their product.
     forward = tokens * value * (2 * shape.hidden_size + 4 * shape.intermediate_size)
     return {f"teacher {teacher.name}": float(weights), f"teacher {teacher.name}: forward": float(forward)}

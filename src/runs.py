@@ -478,9 +478,11 @@ def start_when_free(
             try:
                 run = stack.enter_context(start(path, recipe, settings, config, may_change=may_change))
                 break
-            except locks.Owned:
-                if time.monotonic() > deadline:
+            except locks.Owned as error:
+                if seconds == 0:
                     raise
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"waited {seconds:.0f} s in vain: {error}") from error
                 time.sleep(0.2)
         yield run
 

@@ -70,7 +70,7 @@ class CaptureConfig:
         cache_format.check_fits(1, self.samples_per_token)
 
 
-USUAL_ENTRIES = 12
+USUAL_ENTRIES = 16
 """Per token at 50 samples, as the authors of Random Sampling KD report (arXiv:2503.16870); measure with a few rows."""
 MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""

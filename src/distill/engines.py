@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,10 +27,8 @@ from transformers import LlamaForCausalLM
 
 from llamita.distill import hidden, lora, optim, saved, zero
 from llamita.distill.losses import LossConfig, Targets, TeacherStates, distillation_loss, supervised
+from llamita.distill.state import COLLECTIVE_TIMEOUT
 from llamita.distill.teachers import Attention, Batch, last_hidden
-
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Rank 0 alone hashes parents and publishes; the others wait for it."""
 
 
 class Precision(StrEnum):
@@ -114,6 +111,11 @@ def check_launch(config: EngineConfig, deepspeed: DeepSpeedConfig) -> None:
     """
     if config.compile and deepspeed.stage:
         raise ValueError("compile=true does not go with deepspeed: its hooks break the graph; choose deepspeed=none")
+    if config.compile and config.attention is Attention.documents:
+        raise ValueError(
+            "compile=true does not go with attention=documents: every layout of documents would be compiled anew; "
+            "choose attention=sdpa or flash_attention_2"
+        )
     for kind, allowed in (("DEEPSPEED", deepspeed.stage > 0), ("FSDP", False)):
         if not allowed and os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
             raise ValueError(

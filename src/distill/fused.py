@@ -58,6 +58,8 @@ class Job:
     vocabulary: int
     """Ids that exist; rows of a head beyond them are padding."""
     chunk_mebibytes: int | None
+    differentiate: bool
+    """Whether gradients are wanted at all: autograd asks for them of parameters where nothing is recorded as well."""
 
     @property
     def exact(self) -> torch.dtype:
@@ -76,7 +78,7 @@ class Job:
 
         What that work needs on the way takes at most half of the budget, and on a CPU stays small enough for a cache.
         """
-        budget = (self.chunk_mebibytes or CHUNK_MEBIBYTES.get(device.type, CHUNK_MEBIBYTES_ELSEWHERE)) * 2**20
+        budget = (self.chunk_mebibytes or default_mebibytes(device.type)) * 2**20
         row = columns * self.exact.itemsize
         buffers = (1 + len(self.dense)) * row
         if uses_kernels(device):
@@ -100,12 +102,17 @@ class Job:
         return torch.cat([whole, *(next(soft if is_sparse else kls)[None] for is_sparse in self.is_sparse)])
 
 
+def default_mebibytes(device_type: str) -> int:
+    """The budget where none is set."""
+    return CHUNK_MEBIBYTES.get(device_type, CHUNK_MEBIBYTES_ELSEWHERE)
+
+
 class FusedLoss(torch.autograd.Function):
     """Loss and statistics of hidden states ``[N, H]`` and a head; both gradients are made in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        wants_hidden, wants_head = (job.differentiate and needs for needs in ctx.needs_input_grad[:2])
         with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
             work = _Pass.of(hidden_NH, head_VH, job, wants_hidden=wants_hidden, wants_head=wants_head)
             sums, soft_ce = work.run()

@@ -69,6 +69,9 @@ MAY_CHANGE = (
     "compile",
     "loss.chunk_mebibytes",
     "deepspeed.stage",
+    "deepspeed.config",
+    "deepspeed.config.zero_optimization.offload_optimizer.device",
+    "deepspeed.config.zero_optimization.offload_param.device",
 )
 """Settings that a restart may change: they move speed, memory and bookkeeping, not what is learnt. ``steps`` is not
 among them, because the learning rate depends on it."""
@@ -157,6 +160,8 @@ class Trainer:
     """Content hashes of student and teachers, on the main process: a restart with others is refused."""
     shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """What was found out about the teachers beforehand, to be logged with the first step of this start."""
     meter: speed.Meter | None = None
     """Counts operations, for what is told about the speed."""
     counters: Counters = field(default_factory=Counters)
@@ -183,6 +188,7 @@ class Trainer:
             ValueError: the run cannot go on from its directory, or its gradients stay not finite.
         """
         self.resume()
+        self.last |= self.costs
         steps, counters = self.config.steps, self.counters
         self._set_shares()
         if counters.step == 0:

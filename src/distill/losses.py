@@ -188,6 +188,7 @@ def distillation_loss(
         compute_dtype=compute_dtype or head_VH.dtype,
         vocabulary=_vocabulary(vocabulary, [head_VH, *(teacher.head for teacher in dense)]),
         chunk_mebibytes=config.chunk_mebibytes,
+        differentiate=torch.is_grad_enabled(),
     )
     loss, sums = FusedLoss.apply(hidden_BSH[:, :-1][picked_BS], head_VH, job)  # type: ignore[no-untyped-call]
     return loss, sums

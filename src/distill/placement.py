@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from llamita.distill.teachers import Attention, Batch, Placement, ResidentTeache
 
 log = logging.getLogger(__name__)
 
+COSTS = "quantised.json"
 KL_ROWS = 8
 """Rows on which a quantised teacher is compared with itself in full: tens of thousands of tokens at 8,192 each."""
 
@@ -73,18 +74,38 @@ def compare(
     accelerator: Accelerator,
     dtype: torch.dtype,
     run: runs.Run,
-) -> None:
-    """Log KL(full || quantised) per token as ``teacher/kl_quantised_NAME``; once in a run, every rank calls this.
+) -> dict[str, float]:
+    """KL(full || quantised) per token as ``teacher/kl_quantised_NAME``; measured once in a run, every rank calls this.
 
-    Each rank measures every world-th batch, and reads the model's files once, a layer at a time.
+    Each rank measures every world-th batch, and reads the model's files once, a layer at a time. What was measured is
+    kept in the run's ``quantised.json``.
 
     Raises:
         ValueError: it is above ``max_kl``: such a teacher is not used in silence.
     """
     chosen = [teacher for teacher in teachers if configs[teacher.name].weights is not Storage.full]
-    if not chosen or agree_sum(accelerator, accelerator.is_main_process and _are_measured(run, chosen)):
-        return
-    mine = list(batches)[accelerator.process_index :: accelerator.num_processes]
+    if not chosen:
+        return {}
+    file = run.path / COSTS
+    known = {}
+    if accelerator.is_main_process and file.is_file():
+        known = {name: float(kl) for name, kl in runs.read_json(file).items()}
+    if not agree_sum(accelerator, bool(known)):
+        known = _measure(chosen, configs, list(batches), accelerator=accelerator, dtype=dtype)
+        if accelerator.is_main_process:
+            runs.write_json(file, known)
+    return known
+
+
+def _measure(
+    chosen: Sequence[Teacher],
+    configs: Mapping[str, TeacherConfig],
+    batches: Sequence[Batch],
+    *,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    mine, found = batches[accelerator.process_index :: accelerator.num_processes], {}
     for teacher in chosen:
         config = configs[teacher.name]
         assert isinstance(teacher, ResidentTeacher)
@@ -97,13 +118,10 @@ def compare(
         kl = agree_sum(accelerator, total) / max(agree_sum(accelerator, count), 1)
         log.info("teacher %s in %s differs from itself by %.4g nats per token", teacher.name, config.weights, kl)
         if not kl <= config.max_kl:
+            other = "full" if config.weights is Storage.int8 else "int8 or full"
             raise ValueError(
                 f"teachers.{teacher.name}.weights={config.weights} moves its distributions by {kl:.4g} nats per token, "
-                f"more than teachers.{teacher.name}.max_kl={config.max_kl}: choose int8 or full, or allow more"
+                f"more than teachers.{teacher.name}.max_kl={config.max_kl}: choose {other}, or allow more"
             )
-        run.log({f"teacher/kl_quantised_{teacher.name}": kl})
-
-
-def _are_measured(run: runs.Run, teachers: Iterable[Teacher]) -> bool:
-    rows = runs.read_metrics(run.path) if (run.path / "metrics.jsonl").is_file() else []
-    return all(any(f"teacher/kl_quantised_{teacher.name}" in row for row in rows) for teacher in teachers)
+        found[f"teacher/kl_quantised_{teacher.name}"] = kl
+    return found

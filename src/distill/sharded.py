@@ -31,6 +31,7 @@ from torch import distributed as dist
 
 from llamita import checkpoints
 from llamita.distill.losses import TeacherStates
+from llamita.distill.state import COLLECTIVE_TIMEOUT
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -98,11 +99,13 @@ def checksum(values: Tensor, first: int = 0) -> Tensor:
     return total
 
 
-def checksum_of_file(weights: checkpoints.Weights, unit: Unit, dtype: torch.dtype) -> Tensor:
+def checksum_of_file(
+    weights: checkpoints.Weights, unit: Unit, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
     """:func:`checksum` of a unit's flat form, one tensor at a time."""
-    total, first = torch.zeros(2, dtype=torch.int64), 0
+    total, first = torch.zeros(2, dtype=torch.int64, device=device), 0
     for name, size in unit.sizes.items():
-        total += checksum(weights[name].flatten().to(dtype), first)
+        total += checksum(weights[name].flatten().to(device, dtype), first)
         first += size.numel()
     return total
 
@@ -117,7 +120,7 @@ def node_group() -> Any:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     size = local if 1 < local <= world and world % local == 0 else world
-    group, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    group, _ = dist.new_subgroups(group_size=size, timeout=COLLECTIVE_TIMEOUT)  # type: ignore[no-untyped-call]
     return group
 
 
@@ -267,7 +270,7 @@ class ShardedTeacher:
             flat = self._gathered(index) if index < len(self.units) else whole[unit.label].flatten()
             sums[index] = checksum(flat[: unit.numel])
             if index % self._size == self._rank:
-                of_files[index] = checksum_of_file(weights, unit, flat.dtype).to(self.device)
+                of_files[index] = checksum_of_file(weights, unit, flat.dtype, self.device)
         if self._group is not None:
             dist.all_reduce(of_files, group=self._group)
         self._refuse(units, (sums != of_files).any(1), weights.path)
