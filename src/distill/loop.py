@@ -161,7 +161,7 @@ class Trainer:
     shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
     costs: Mapping[str, float] = field(default_factory=dict)
-    """What was found out about the teachers beforehand, to be logged with the first step of this start."""
+    """What was found out about the teachers beforehand, to be logged before the first step."""
     meter: speed.Meter | None = None
     """Counts operations, for what is told about the speed."""
     counters: Counters = field(default_factory=Counters)
@@ -188,10 +188,11 @@ class Trainer:
             ValueError: the run cannot go on from its directory, or its gradients stay not finite.
         """
         self.resume()
-        self.last |= self.costs
         steps, counters = self.config.steps, self.counters
         self._set_shares()
         if counters.step == 0:
+            if self.costs:
+                self.run.log(self.costs, step=0)
             self.validate()
         batches = iter(self.source)
         with Progress(self.run.path.name, steps, completed=counters.step) as progress:

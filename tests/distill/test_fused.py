@@ -50,6 +50,21 @@ def test_what_is_made_on_the_way_stays_within_the_budget(kind: Divergence, mebib
     assert highest - kept >= mebibytes * 2**20 / 3, "a budget that is not used makes more chunks than needed"
 
 
+def test_where_nothing_is_recorded_no_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """autograd asks for gradients of parameters all the same; a head's takes a gigabyte."""
+    made: list[int] = []
+    add = fused._add_matmul
+    monkeypatch.setattr(fused, "_add_matmul", lambda total, a, b: (made.append(1), add(total, a, b)))
+    hidden, head = torch.randn(1, 6, 8), torch.randn(11, 8, requires_grad=True)
+    labels = torch.randint(11, (1, 6))
+    with torch.no_grad():
+        measured, _ = distillation_loss(hidden, head, labels, [], LossConfig())
+    assert not made
+    recorded, _ = distillation_loss(hidden, head, labels, [], LossConfig())
+    assert made
+    assert measured == recorded.detach()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="other buffers")
 def test_a_chunk_is_as_large_as_the_budget_and_chunks_are_even() -> None:
     config = LossConfig(chunk_mebibytes=16)

@@ -377,6 +377,12 @@ def test_what_deepspeed_must_not_be_told_is_refused(stage: int, config: dict[str
             True,
             "needs the package flash-attn",
         ),
+        (
+            {"compile": True, "attention": Attention.documents},
+            0,
+            False,
+            "compile=true does not go with attention=documents",
+        ),
     ],
 )
 def test_settings_that_cannot_run_here_are_refused(

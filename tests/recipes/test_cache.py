@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_workers_in_any_order_make_the_same_cache(
     assert contents(out) == contents(made)
     assert runs.check_done(out)["summary"]["entries"] == runs.check_done(made)["summary"]["entries"]
     module.run(settings(module, teacher, data, out, worker=1, workers=3))
+
+
+def test_another_number_of_workers_goes_on_and_a_removed_shard_is_made_again(
+    recipe: Callable[[str], ModuleType], made: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("cache"), tmp_path / "cache"
+    for worker in (0, 1):
+        module.run(settings(module, teacher, data, out, worker=worker, workers=4))
+    assert not (out / "DONE.json").exists()
+    for worker in (0, 1):
+        module.run(settings(module, teacher, data, out, worker=worker, workers=2))
+    assert contents(out) == contents(made)
+    (out / "DONE.json").unlink()
+    shutil.rmtree(next((out / "shards").iterdir()))
+    for worker in (0, 1):
+        module.run(settings(module, teacher, data, out, worker=worker, workers=2))
+    assert contents(out) == contents(made)
 
 
 def test_a_worker_waits_while_another_looks_at_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,31 @@ def test_adapters_of_a_checkpoint_are_added_to_the_weights_that_rested(
     assert (tmp_path / "model/model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
 
 
+def test_adapters_are_not_added_to_other_weights_than_they_were_trained_on(
+    recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
+) -> None:
+    module, base, out = recipe("distill"), tmp_path / "base", tmp_path / "adapted"
+    shutil.copytree(trained, base)
+    module.run(
+        module.Distill(
+            student=student.StudentConfig(path=base, lora=LoraConfig(rank=2)),
+            data=module.DataConfig(path=data),
+            steps=1,
+            global_batch_rows=4,
+            micro_batch_rows=4,
+            validation_rows=0,
+            optim=optim.OptimConfig(warmup_steps=1),
+            out=out,
+        )
+    )
+    tensors, metadata = checkpoints.read_tensors(base / "model.safetensors")
+    (base / "DONE.json").unlink()
+    checkpoints.write_tensors(base / "model.safetensors", {n: 2 * t for n, t in tensors.items()}, metadata)
+    with pytest.raises(ValueError, match=r"student.path=.* is not what .*step-1 was trained from"):
+        publish(recipe, out, tmp_path / "model")
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
 def damaged(killed: Path) -> None:
     file = killed / "checkpoints/step-4/weights.safetensors"
     content = bytearray(file.read_bytes())
