@@ -131,7 +131,9 @@ def test_adapters_are_not_added_to_other_weights_than_they_were_trained_on(
     recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
 ) -> None:
     module, base, out = recipe("distill"), tmp_path / "base", tmp_path / "adapted"
-    shutil.copytree(trained, base)
+    base.mkdir()
+    for file in [*trained.glob("*token*.json"), *(trained / name for name in ("config.json", "model.safetensors"))]:
+        shutil.copy(file, base)
     module.run(
         module.Distill(
             student=student.StudentConfig(path=base, lora=LoraConfig(rank=2)),
@@ -145,7 +147,6 @@ def test_adapters_are_not_added_to_other_weights_than_they_were_trained_on(
         )
     )
     tensors, metadata = checkpoints.read_tensors(base / "model.safetensors")
-    (base / "DONE.json").unlink()
     checkpoints.write_tensors(base / "model.safetensors", {n: 2 * t for n, t in tensors.items()}, metadata)
     with pytest.raises(ValueError, match=r"student.path=.* is not what .*step-1 was trained from"):
         publish(recipe, out, tmp_path / "model")
