@@ -93,7 +93,9 @@ def measure(
                     statistics.update(mask)
                     kept.append(output)
             scores = statistics.scores(num_tokens)
-            so_far.add({name: scores[name] for name in scores if name != "stream"} | magnitudes, scores["stream"])
+            found = {name: scores[name] for name in scores if name != "stream"} | magnitudes
+            _check_finite(Scores(tensors=found, info={}), so_far)
+            so_far.add(found, scores["stream"])
         ends.append(depth.last_tokens(kept, masks))
         watch(index + 1)
         return kept
@@ -116,8 +118,17 @@ def measure(
         tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         info={**extra, "loss": loss, **(info or {})},
     )
-    scores.check_finite()
+    _check_finite(scores, so_far)
     return scores
+
+
+def _check_finite(scores: Scores, so_far: Partial) -> None:
+    """Raise ``ValueError`` where scores are not finite; a corrected run finds no rest of this one."""
+    try:
+        scores.check_finite()
+    except ValueError:
+        so_far.remove()
+        raise
 
 
 def principal_directions(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:

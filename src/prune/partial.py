@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,13 @@ class Partial:
             names = [name for name in tensors if name.startswith(prefix)]
             self.layers.append({name.removeprefix(prefix): tensors[name] for name in names})
         return len(self.layers)
+
+    def remove(self) -> None:
+        """Leave nothing: what was measured is of no use."""
+        if self.file is not None and runs.is_main_process():
+            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.file.parent.rmdir()
 
     def add(self, scores: dict[str, Tensor], stream_DD: Tensor) -> None:
         """Take the next layer, and write it down."""
