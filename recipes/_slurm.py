@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "slurm" / "run.sbatch"
 
-DISTRIBUTED = frozenset({"distill", "sft", "reward", "dpo", "rl"})
+DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
 """Recipes that run as one process per GPU; every other is one process on one node."""
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
