@@ -292,7 +292,7 @@ def ways(plan: Planner, tmp_path: Path, *overrides: str) -> dict[str, dict[str, 
 
 
 def test_a_seventy_billion_teacher_is_weighed_online_and_cached(plan: Planner, tmp_path: Path) -> None:
-    """140 GB do not fit an H100; an eighth of them does, and so does nothing at all."""
+    """140 GB do not fit an H100, to be captured either; an eighth of them does."""
     found = ways(plan, tmp_path)
     fits = {name: way["fits"] for name, way in found.items()}
     assert fits == {
@@ -300,7 +300,7 @@ def test_a_seventy_billion_teacher_is_weighed_online_and_cached(plan: Planner, t
         "online, ZeRO-3": True,
         "online, 8 bits": False,
         "online, 4 bits": True,
-        "cached": True,
+        "cached": False,
     }
     tokens = 10_000 * 256 * 8192
     cached, spread = found["cached"], found["online, ZeRO-3"]
