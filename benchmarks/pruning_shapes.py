@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llamita.prune.target import SIZES, TargetConfig, target_shape
-from llamita.shapes import PUBLISHED, LlamaShape
+from llamita.prune.target import TargetConfig, target_shape
+from llamita.shapes import PUBLISHED, SIZES, LlamaShape
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5)
 MLP_SHARES = (0.75, 0.5)

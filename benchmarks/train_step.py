@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
-from llamita.distill import engines, loop, lora, losses, optim, speed
+from llamita.distill import engines, launch, loop, lora, losses, optim, speed
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher
 from llamita.shapes import PUBLISHED, LlamaShape
 
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         validation_rows=0,
         peak_tflops=options.peak_tflops,
     )
-    accelerator = engines.new_accelerator(config, engines.DeepSpeedConfig(), clip_norm=1.0)
+    accelerator = launch.new_accelerator(config, launch.DeepSpeedConfig(), clip_norm=1.0)
     device, with_adapters = accelerator.device, options.way == "adapters"
     dtype = config.precision.dtype(device)
     made = model(student, config.attention, dtype if with_adapters else torch.float32, device)

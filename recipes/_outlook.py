@@ -3,162 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 import _compose
-import _ways
+from _outlook_distill import cache, distill
+from _outlook_prune import prune
+from _world import (
+    DTYPE_BYTES,
+    UNKNOWN,
+    Outlook,
+    Rows,
+    World,
+    is_only_a_name,
+    normal,
+    same_tokens,
+    split_of,
+    tokenizer_mistakes,
+)
 from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
-from llamita.data import shards, sources, tokens
-from llamita.distill import cache_format, capture, fused, loop, student
-from llamita.distill.engines import Precision
+from llamita.data import sources, tokens
 from llamita.distill.teachers import Attention
-from llamita.prune.ranking import check_wanted
-from llamita.prune.scores import LayerScore
-from llamita.prune.target import target_shape
 from llamita.shapes import PUBLISHED, LlamaShape
 
-T = TypeVar("T")
-UNKNOWN = object()
-"""Made by a stage of which a mistake hides what it makes."""
 MARGIN = 1.35
-"""Measured over planned memory, at most (docs/plan.md)."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed data as far as a plan needs to know it."""
-
-    sequence_length: int
-    vocab_size: int
-    """0 where it is not known."""
-    rows: dict[str, int] = field(default_factory=dict)
-    """By split."""
-    tokenizer_hash: str | None = None
-
-
-@dataclass
-class World:
-    """What exists, or will exist because an earlier stage of the same pipeline makes it."""
-
-    hardware: estimate.Device
-    num_gpus: int | None
-    """As asked for; unset: see :attr:`processes`."""
-    sequence_length: int
-    """Assumed where the data does not exist."""
-    mfu: float = 0.35
-    """Assumed share of the hardware's peak."""
-    entries_per_token: float = 16.0
-    """Assumed of a cache."""
-    made: dict[Path, Any] = field(default_factory=dict)
-    """A :class:`LlamaShape` or :class:`Rows`, ``UNKNOWN``, or ``None`` for what is neither model nor data."""
-    tokenizers: dict[Path, str] = field(default_factory=dict)
-    """Hash of the tokenizer in each of these."""
-    waits_for: frozenset[str] = frozenset()
-    """Stages that are done before the one at hand begins."""
-    stage_processes: int | None = None
-    """What the pipeline says about the stage at hand."""
-
-    @property
-    def processes(self) -> int:
-        """Of a stage that trains."""
-        return self.num_gpus or self.stage_processes or (8 if self.hardware.is_gpu else 1)
-
-    def model(self, setting: str, path: Path, outlook: Outlook, *, needs_tokenizer: bool = True) -> LlamaShape | None:
-        """The shape of a model; what is wrong with it goes to ``outlook``."""
-        if _normal(path) in self.made:
-            return self._earlier(setting, path, outlook, LlamaShape, "model")
-        outlook.mistakes += checks.model(setting, path, needs_tokenizer=needs_tokenizer)
-        shape = checks.model_shape(path)
-        if shape is not None and not (path.is_dir() and checks.has_weights(path)):
-            outlook.notes.append(f"{setting}={path} has no weights here: the recipe will need a directory with them")
-        return shape
-
-    def rows(self, setting: str, path: Path, outlook: Outlook) -> Rows:
-        """The data; where there is none, a row length is assumed."""
-        if _normal(path) in self.made:
-            return self._earlier(setting, path, outlook, Rows, "data") or Rows(self.sequence_length, 0)
-        problems = checks.errors_of(lambda: shards.PackedData.open(path))
-        outlook.mistakes += [problem if setting in problem else f"{setting}: {problem}" for problem in problems]
-        if problems:
-            outlook.notes.append(f"{setting} cannot be read: rows of {self.sequence_length} tokens are assumed")
-            return Rows(self.sequence_length, 0)
-        data = shards.PackedData.open(path)
-        rows_by_split = {name: entry["rows"] for name, entry in data.manifest["splits"].items()}
-        return Rows(data.sequence_length, data.vocab_size, rows_by_split, data.tokenizer_hash)
-
-    def _earlier(self, setting: str, path: Path, outlook: Outlook, kind: type[T], noun: str) -> T | None:
-        self.check_order(setting, path, outlook)
-        made = self.made[_normal(path)]
-        if isinstance(made, kind):
-            return made
-        if made is not UNKNOWN:
-            outlook.mistakes.append(f"{setting}={path}: stage {path.name} makes no {noun}")
-        return None
-
-    def check_order(self, setting: str, path: Path, outlook: Outlook) -> None:
-        """A stage that reads another must wait for it."""
-        if path.name not in self.waits_for:
-            outlook.mistakes.append(
-                f"{setting}={path} is made by stage {path.name}, for which this stage does not wait: add it to after"
-            )
-
-    def stage(self, setting: str, path: Path, outlook: Outlook) -> None:
-        """A directory that only a finished stage can have made, or that an earlier one will make."""
-        if _normal(path) in self.made:
-            self.check_order(setting, path, outlook)
-        else:
-            outlook.mistakes += checks.finished_stage(setting, path)
-
-    def is_inside_made(self, path: Path) -> bool:
-        """Whether it lies in the directory of another stage, so that it need not exist yet."""
-        return any(parent in self.made for parent in _normal(path).parents)
-
-    def tokenizer(self, path: Path) -> str | None:
-        """The hash of a directory's tokenizer, where it has or will have one that can be read."""
-        if (place := _normal(path)) in self.made:
-            return self.tokenizers.get(place)
-        return None if _tokenizer("", path) else checkpoints.tokenizer_of(path)
-
-
-def _normal(path: Path) -> Path:
-    return Path(os.path.normpath(path.absolute()))
-
-
-@dataclass
-class Outlook:
-    """What a stage will take."""
-
-    name: str
-    recipe: str
-    out: Path
-    processes: int = 1
-    parameters: dict[str, int] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
-    """Bytes per process."""
-    flops: dict[str, float] = field(default_factory=dict)
-    read_bytes: float = 0.0
-    disk: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    mistakes: list[str] = field(default_factory=list)
-    may_change: tuple[str, ...] = ()
-    makes: LlamaShape | Rows | None = None
-    tokenizer: str | None = None
-    """Hash of that of the model or data that it makes."""
-    hours: float = 0.0
-    """Beside operations and disks."""
-    written_bytes: float = 0.0
-    ways: list[dict[str, Any]] = field(default_factory=list)
-    """What each way to have the teachers would take; see :func:`_ways.compare`."""
-    on_accelerator: bool = True
-    """Whether the memory is that of an accelerator, not of its host."""
 
 
 def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = None) -> tuple[list[Outlook], list[str]]:
@@ -174,11 +43,11 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
         case "prepare":
             _prepare(config, world, outlook)
         case "prune":
-            _prune(config, world, outlook)
+            prune(config, world, outlook)
         case "cache":
-            _cache(config, world, outlook)
+            cache(config, world, outlook)
         case "distill":
-            _distill(config, world, outlook)
+            distill(config, world, outlook)
         case "evaluate":
             _evaluate(config, world, outlook)
         case "report":
@@ -186,9 +55,9 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
         case _:
             raise AssertionError(recipe)
     _common(config, world, outlook)
-    world.made[_normal(config.out)] = outlook.makes
+    world.made[normal(config.out)] = outlook.makes
     if outlook.tokenizer is not None:
-        world.tokenizers[_normal(config.out)] = outlook.tokenizer
+        world.tokenizers[normal(config.out)] = outlook.tokenizer
     # What follows from a setting that was not given has been said once.
     mistakes += [mistake for mistake in outlook.mistakes if _compose.UNSET not in mistake]
     return [outlook], list(dict.fromkeys(map(redaction.redacted, mistakes)))
@@ -198,7 +67,7 @@ def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outl
     """Every stage in order; what one makes, the next may read."""
     outlooks: list[Outlook] = []
     order = _compose.load("pipeline").in_order(config.stages)
-    world.made |= {_normal(config.out / name): UNKNOWN for name in order}
+    world.made |= {normal(config.out / name): UNKNOWN for name in order}
     before: dict[str, frozenset[str]] = {}
     on_slurm = config.launcher.kind == "slurm"
     for name in order:
@@ -298,301 +167,16 @@ def _prepare_tokenizer(tokenizer: Any, world: World, outlook: Outlook) -> int:
     path = tokenizer.path
     if path is None:
         return int(tokenizer.vocab_size)
-    if _is_only_a_name(path):
+    if is_only_a_name(path):
         outlook.notes.append(f"tokenizer.path={path} is no directory: the recipe will need one with tokenizer.json")
         return PUBLISHED[str(path)].vocab_size
-    if _normal(path) in world.made or world.is_inside_made(path):
+    if normal(path) in world.made or world.is_inside_made(path):
         return 0
-    if wrong := _tokenizer("tokenizer.path", path):
+    if wrong := tokenizer_mistakes("tokenizer.path", path):
         outlook.mistakes += wrong
         return 0
     outlook.tokenizer = world.tokenizer(path)
     return tokens.vocab_size(checkpoints.load_tokenizer(path))
-
-
-def _is_only_a_name(path: Path) -> bool:
-    """Whether this is a published model's name on the hub, and no directory."""
-    return str(path) in PUBLISHED and not path.is_dir()
-
-
-def _tokenizer(setting: str, path: Path) -> list[str]:
-    if not (path / "tokenizer.json").is_file():
-        return [f"{setting}={path} has no tokenizer.json"]
-    return [f"{setting}: {problem}" for problem in checks.errors_of(lambda: tokens.load(path))]
-
-
-def _prune(config: Any, world: World, outlook: Outlook) -> None:
-    source = world.model("model.path", config.model.path, outlook, needs_tokenizer=False)
-    rows = None
-    if config.calibration.path is not None:
-        rows = world.rows("calibration.path", config.calibration.path, outlook)
-    if source is None:
-        return
-    outlook.mistakes += _same_tokens("model.path", config.model.path, source, "calibration.path", rows, world)
-    outlook.tokenizer = world.tokenizer(config.model.path)
-    target, mistakes = _target(source, config.target)
-    outlook.mistakes += mistakes + _wanted(source, target, config, world)
-    outlook.parameters = {"before": source.num_parameters, "after": target.num_parameters}
-    stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
-    compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored
-    num_tokens = 0
-    batch_tokens = config.calibration.batch_rows * (rows.sequence_length if rows else 0)
-    measured = config.scores.path is None and rows is not None
-    second_order = measured and config.scores.second_order
-    mended = rows is not None and config.compensation.wanted and source != target
-    if rows is not None:
-        outlook.mistakes += _split(rows, "calibration.path", config.calibration.path, config.calibration.split)
-        there = rows.rows.get(config.calibration.split, config.calibration.tokens)
-        num_tokens = min(config.calibration.tokens, there * rows.sequence_length)
-        row_tokens = min(rows.sequence_length, config.calibration.tokens)
-        outlook.flops = estimate.prune_flops(
-            source,
-            target,
-            tokens=num_tokens,
-            row_tokens=row_tokens,
-            batch_tokens=batch_tokens,
-            second_order=second_order,
-            greedy_rounds=(source.num_hidden_layers - target.num_hidden_layers)
-            * (config.scores.layers is LayerScore.greedy and measured),
-            depth_tokens=min(num_tokens, config.scores.depth_tokens),
-            mended=mended,
-            layer_steps=config.compensation.layer_steps,
-            head_steps=config.compensation.head_steps,
-        )
-    outlook.memory = estimate.prune_memory(
-        source,
-        target,
-        tokens=num_tokens,
-        batch_tokens=min(num_tokens, batch_tokens),
-        stored_bytes=stored,
-        compute_bytes=compute,
-        shard_bytes=checkpoints.SHARD_BYTES,
-        second_order=second_order,
-        mended=mended,
-    )
-    # Once for the scores, once for surgery, once more for the content hash, and once for the whole stream of mending.
-    outlook.read_bytes = (3.0 + mended) * stored * source.num_parameters
-    outlook.disk = {"model": float(stored * target.num_parameters)}
-    if mended:
-        outlook.disk["mended layers, until the end"] = float(stored * target.num_parameters)
-    outlook.on_accelerator = False
-    outlook.makes = target
-
-
-def _target(source: LlamaShape, target: Any) -> tuple[LlamaShape, list[str]]:
-    """The shape that is asked for and every mistake in it; a field that is wrong is left as in the source."""
-    mistakes: list[str] = []
-    while True:
-        try:
-            return target_shape(source, target), mistakes
-        except ValueError as error:
-            mistakes.append(str(error))
-            named = re.search(r"target\.(\w+)", str(error))
-            if named is None or getattr(target, named[1]) is None:
-                return source, mistakes
-            target = dataclasses.replace(target, **{named[1]: None})
-
-
-def _wanted(source: LlamaShape, target: LlamaShape, config: Any, world: World) -> list[str]:
-    """What the plan of units lacks: text, or a model with the rotary scaling that is asked for."""
-    kinds, has_text, mistakes = config.scores, True, []
-    future = kinds.path is not None and _normal(kinds.path) in world.made
-    if not future:
-        calibrated = config.calibration.path is not None
-        mistakes = checks.errors_of(lambda: kinds.have_text(calibrated=calibrated))
-        has_text = bool(mistakes) or kinds.have_text(calibrated=calibrated)
-    if future or mistakes:  # what it holds is not known
-        kinds = dataclasses.replace(kinds, path=None)
-    rope = None
-    if (config.model.path / "config.json").is_file():
-        rope = checkpoints.rope_type(checkpoints.load_config(config.model.path))
-    return mistakes + checks.errors_of(
-        lambda: check_wanted(source, target, config.target, kinds, has_text=has_text, rope_type=rope)
-    )
-
-
-def _dtype(path: Path) -> str:
-    if not (path / "config.json").is_file():
-        return "bfloat16"
-    config = runs.read_json(path / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype"))
-
-
-def _split(rows: Rows, setting: str, path: Path, name: str) -> list[str]:
-    """A split that the data does not have, or that is empty."""
-    if not rows.rows or rows.rows.get(name):
-        return []
-    filled = ", ".join(split for split, number in rows.rows.items() if number)
-    return [f"{setting}={path} has no rows in split {name!r}; it has {filled}"]
-
-
-def _same_tokens(setting: str, path: Path, shape: LlamaShape, data: str, rows: Rows | None, world: World) -> list[str]:
-    """Whether the data's ids mean the same to the model."""
-    if rows is None:
-        return []
-    model, made_with = f"{setting}={path}", rows.tokenizer_hash
-    if _is_only_a_name(path) and rows.vocab_size not in (0, shape.vocab_size):
-        return [f"{data} has {rows.vocab_size} token ids, the tokenizer of {model} has {shape.vocab_size}"]
-    return checks.same_tokens(model, shape.vocab_size, world.tokenizer(path), data, rows.vocab_size, made_with)
-
-
-def _cache(config: Any, world: World, outlook: Outlook) -> None:
-    rows = world.rows("data.path", config.data.path, outlook)
-    outlook.may_change = capture.MAY_CHANGE
-    outlook.processes = world.processes
-    if (shape := world.model("teacher.path", config.teacher.path, outlook)) is None:
-        return
-    outlook.mistakes += _same_tokens("teacher.path", config.teacher.path, shape, "data.path", rows, world)
-    outlook.mistakes += checks.errors_of(lambda: cache_format.check_fits(shape.vocab_size, config.samples_per_token))
-    half = config.teacher.precision.dtype(torch.device("cuda" if world.hardware.is_gpu else "cpu")) is torch.bfloat16
-    tokens = rows.sequence_length * sum(rows.rows.get(split, 0) for split in config.data.splits)
-    weights = (2 if half else 4) * shape.num_parameters
-    chunk = (config.chunk_mebibytes or capture.default_chunk_mebibytes(on_cpu=not world.hardware.is_gpu)) * 2**20
-    outlook.parameters = {"teacher": shape.num_parameters}
-    outlook.memory = {"teacher, weights": weights, "distributions": chunk}
-    outlook.flops = {"teacher, forward": tokens * shape.forward_flops_per_token(rows.sequence_length / 2)}
-    outlook.read_bytes = float(weights)
-    entries = min(capture.USUAL_ENTRIES, config.samples_per_token)
-    outlook.disk = {"entries": float(cache_format.ENTRY_BYTES * entries * tokens), "lengths": float(tokens)}
-    outlook.notes.append(
-        f"{entries} entries per token are assumed, for a teacher of billions of weights; a weak one needs up to three "
-        f"times as many, and never more than samples_per_token={config.samples_per_token}"
-    )
-
-
-def _distill(config: Any, world: World, outlook: Outlook) -> None:
-    rows = world.rows("data.path", config.data.path, outlook)
-    student = _student(config, rows, world, outlook)
-    paths = {"student": config.student.path} if config.student.path else {}
-    shapes = {"student": student}
-    for name, teacher in config.teachers.items():
-        outlook.mistakes += runs.names({"teachers": name})
-        if name == "student":
-            outlook.mistakes.append("teachers.student: a teacher must not have the name of the student")
-        if teacher.cache is not None:
-            world.stage(f"teachers.{name}.cache", teacher.cache, outlook)
-            continue  # it is not run, whatever stands beside it
-        paths[name] = teacher.path
-        shapes[name] = world.model(f"teachers.{name}.path", teacher.path, outlook)
-    _agree(paths, shapes, rows, world, outlook)
-    outlook.tokenizer = world.tokenizer(config.student.path) if config.student.path else rows.tokenizer_hash
-    outlook.mistakes += _split(rows, "data.path", config.data.path, "train")
-    if config.validation_rows and rows.rows and not rows.rows.get("validation"):
-        outlook.mistakes.append(
-            f"data.path={config.data.path} has no held-out rows: validation_rows=0 trains without, "
-            f"got {config.validation_rows}"
-        )
-    if config.compile and config.deepspeed.stage:
-        outlook.mistakes.append("compile=true does not go with deepspeed: choose deepspeed=none")
-    outlook.mistakes += checks.division(config.global_batch_rows, config.micro_batch_rows, world.processes)
-    if student is None:
-        return
-    half = config.precision is Precision.bfloat16 or (config.precision is Precision.auto and world.hardware.is_gpu)
-    if config.attention is Attention.flash_attention_2 and not (half and world.hardware.is_gpu):
-        outlook.mistakes.append(
-            f"attention=flash_attention_2 needs a GPU and precision=bfloat16, got {world.hardware.name} and "
-            f"{config.precision}; attention=sdpa runs everywhere"
-        )
-    stage = config.deepspeed.stage
-    precision = estimate.Precision.float32
-    if half:
-        precision = estimate.Precision.bfloat16 if stage else estimate.Precision.autocast
-    mebibytes = config.loss.chunk_mebibytes or fused.default_mebibytes("cuda" if world.hardware.is_gpu else "cpu")
-    training = estimate.Training(
-        student=student,
-        teachers=[],
-        precision=precision,
-        zero_stage=stage,
-        processes=world.processes,
-        micro_batch_rows=config.micro_batch_rows,
-        rows_per_step=config.global_batch_rows,
-        sequence_length=rows.sequence_length,
-        steps=config.steps,
-        packed=config.attention in (Attention.sdpa, Attention.eager),
-        recompute=config.activation_checkpointing,
-        chunk_bytes=mebibytes * 2**20,
-        checkpoint_every=config.checkpoint_every,
-        kept_checkpoints=max(2, config.keep_checkpoints),
-        validation_rows=min(config.validation_rows, rows.rows.get("validation", config.validation_rows)),
-        validation_every=config.validation_every,
-        adapter_parameters=config.student.lora.num_parameters(student),
-    )
-    found = [
-        estimate.Teacher(name=name, shape=shape, bytes_per_value=2 if half else 4)
-        for name, shape in shapes.items()
-        if shape is not None and name != "student"
-    ]
-    online = [
-        _ways.placed(teacher, config.teachers[teacher.name], world.processes)
-        for teacher in found
-        if not _ways.is_cached(config.teachers[teacher.name])
-    ]
-    outlook.ways = _ways.compare(
-        training,
-        found,
-        world.hardware,
-        mfu=world.mfu,
-        data_tokens=rows.rows.get("train", 0) * rows.sequence_length,
-        entries_per_token=world.entries_per_token,
-    )
-    training = dataclasses.replace(training, teachers=online)
-    outlook.processes = world.processes
-    outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items() if shape is not None}
-    outlook.memory = estimate.training_memory(training)
-    if not world.hardware.is_gpu:
-        outlook.memory = {"Python and its libraries": estimate.PYTHON_BYTES} | outlook.memory
-    outlook.flops = estimate.training_flops(training)
-    outlook.read_bytes = float(sum(2 * shape.num_parameters for shape in shapes.values() if shape))
-    saved = 2 if half else 4
-    outlook.disk = estimate.training_disk(training, saved_bytes_per_value=saved)
-    outlook.written_bytes = estimate.training_written(training, saved_bytes_per_value=saved)
-    outlook.may_change = loop.MAY_CHANGE
-    outlook.makes = student
-    tokens = config.steps * config.global_batch_rows * rows.sequence_length
-    text = f"{tokens:,} tokens in {config.steps:,} steps"
-    if there := rows.rows.get("train"):
-        text += f", {config.steps * config.global_batch_rows / there:,.1f} times the data"
-    outlook.notes.append(text)
-
-
-def _student(config: Any, rows: Rows, world: World, outlook: Outlook) -> LlamaShape | None:
-    wanted = config.student
-    if wanted.path is not None:
-        return world.model("student.path", wanted.path, outlook)
-    outlook.mistakes += checks.positions(rows.sequence_length, "student.shape", wanted.shape.max_position_embeddings)
-    sizes = {name: getattr(wanted.shape, name) for name in student.SIZES}
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // max(1, sizes["num_attention_heads"])
-    vocabulary = rows.vocab_size or PUBLISHED["meta-llama/Llama-3.1-8B"].vocab_size
-    try:
-        return LlamaShape(**sizes, vocab_size=vocabulary, tie_word_embeddings=wanted.shape.tie_word_embeddings)
-    except ValueError as error:
-        outlook.mistakes.append(f"student.shape: {error}")
-        return None
-
-
-def _agree(
-    paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], rows: Rows, world: World, outlook: Outlook
-) -> None:
-    """One vocabulary and one tokenizer for data, student and teachers."""
-    for name, path in paths.items():
-        if (shape := shapes[name]) is None:
-            continue
-        setting = "student.path" if name == "student" else f"teachers.{name}.path"
-        outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows, world)
-        if (path / "config.json").is_file():
-            most = checkpoints.load_config(path).max_position_embeddings
-            outlook.mistakes += checks.positions(rows.sequence_length, f"{setting}={path}", most)
-    sizes = {name: shape.vocab_size for name, shape in shapes.items() if shape is not None}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        outlook.mistakes.append(f"student and teachers must have the same vocabulary, got {listed}")
-    for name, shape in shapes.items():
-        if shape is not None and shape.output_rows is not None:
-            outlook.mistakes.append(f"{name} has {shape.output_rows} output rows: it is no language model any more")
-    hashes = {name: digest for name, path in paths.items() if (digest := world.tokenizer(path))}
-    if rows.tokenizer_hash is None and len(set(hashes.values())) > 1:
-        listed = ", ".join(f"{name} {digest[:12]}" for name, digest in hashes.items())
-        outlook.mistakes.append(f"student and teachers must have the same tokenizer, got {listed}")
 
 
 def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
@@ -603,7 +187,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
         setting = f"models.{name}.path" if name in config.models else f"{name}.path"
         if (shape := world.model(setting, path, outlook, needs_tokenizer=bool(config.tasks))) is not None:
             shapes[name] = shape
-            outlook.mistakes += _same_tokens(setting, path, shape, "data.path", rows, world)
+            outlook.mistakes += same_tokens(setting, path, shape, "data.path", rows, world)
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if "teacher" in shapes and len(set(sizes.values())) > 1:
         outlook.mistakes.append(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
@@ -621,7 +205,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
         teacher=teacher,
     )
     if rows is not None:
-        outlook.mistakes += _split(rows, "data.path", config.data.path, config.data.split)
+        outlook.mistakes += split_of(rows, "data.path", config.data.path, config.data.split)
         there = rows.rows.get(config.data.split, config.data.max_rows or 0)
         outlook.flops = estimate.evaluation_flops(
             shapes,
@@ -641,7 +225,7 @@ def _report(config: Any, world: World, outlook: Outlook) -> None:
         outlook.mistakes.append("runs must name at least one directory: runs.NAME=PATH")
     for name, path in config.runs.items():
         outlook.mistakes += runs.names({"runs": name})
-        if _normal(path) in world.made:
+        if normal(path) in world.made:
             world.check_order(f"runs.{name}", path, outlook)
             continue
         if not path.is_dir():

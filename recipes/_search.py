@@ -23,8 +23,8 @@ from llamita import checkpoints, checks, runs
 from llamita.prune import mend, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.search import BudgetConfig, Candidate
-from llamita.prune.target import SIZES, TargetConfig
-from llamita.shapes import LlamaShape
+from llamita.prune.target import TargetConfig
+from llamita.shapes import SIZES, LlamaShape
 
 MENDED, STUDENTS, DISTILLED = "mended", "students", "distilled"
 TARGET = "target/searched.yaml"

@@ -52,7 +52,9 @@ def pairs(config: Any, llama: LlamaConfig) -> dict[int, int]:
         raise ValueError(f"loss.hidden.weight={wanted.weight} needs teacher {name} resident: others give no layers")
     folder = wanted.plan or config.student.path
     plan = None
-    if folder is not None and config.student.init == "checkpoint" and (folder / "pruning").is_dir():
+    if wanted.plan is None and config.student.init != "checkpoint":
+        folder = None  # fresh weights were no layer of the teacher
+    if folder is not None and (folder / "pruning").is_dir():
         plan = Plan.load(folder / "pruning").tensors()
     elif wanted.plan is not None:
         raise ValueError(f"loss.hidden.plan={wanted.plan} has no pruning plan: it must be what recipes/prune.py wrote")

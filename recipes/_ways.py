@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from llamita import estimate
+from llamita.distill.cache_format import ENTRY_BYTES
 from llamita.distill.teachers import Placement, Storage, TeacherConfig
 from llamita.estimate import Device, Teacher, Training
 
-ENTRY_BYTES = 3.0
 LENGTH_BYTES = 1.0
 """How many entries a position has."""
 NODE_PROCESSES = 8

@@ -20,7 +20,7 @@ from omegaconf import MISSING
 
 from llamita import checkpoints, evaluate, runs
 from llamita.data.shards import PackedData
-from llamita.distill import cache, cache_format, capture, engines, teachers
+from llamita.distill import cache, cache_format, capture, launch, teachers
 from llamita.distill.cache import Identity
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class TeacherConfig:
     """The model that is run."""
 
     path: Path = MISSING
-    precision: engines.Precision = engines.Precision.auto
+    precision: launch.Precision = launch.Precision.auto
     attention: teachers.Attention = teachers.Attention.sdpa
 
 

@@ -20,7 +20,7 @@ import _teaching
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import cached, engines, loop, losses, optim, placement, state, student, teachers
+from llamita.distill import cached, engines, launch, loop, losses, optim, placement, state, student, teachers
 from llamita.distill.cache import Cache
 
 
@@ -40,7 +40,7 @@ class Distill(loop.LoopConfig):
     data: DataConfig = field(default_factory=DataConfig)
     loss: losses.LossConfig = field(default_factory=losses.LossConfig)
     optim: optim.OptimConfig = field(default_factory=optim.OptimConfig)
-    deepspeed: engines.DeepSpeedConfig = field(default_factory=engines.DeepSpeedConfig)
+    deepspeed: launch.DeepSpeedConfig = field(default_factory=launch.DeepSpeedConfig)
     run: runs.RunConfig = field(default_factory=runs.RunConfig)
     out: Path = MISSING
 
@@ -83,7 +83,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
     Raises:
         ValueError: data, student and teachers do not go together.
     """
-    engines.check_launch(config, config.deepspeed)
+    launch.check_launch(config, config.deepspeed)
     placement.check(config.teachers)
     data = PackedData.open(config.data.path)
     data.split("train")
@@ -111,7 +111,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
         tokenizer_path=data.tokenizer_path,
         sequence_length=data.sequence_length,
     )
-    config.micro_batches(engines.world_size())
+    config.micro_batches(launch.world_size())
     _teaching.pairs(config, llama)
     return data, llama, caches
 
@@ -119,7 +119,7 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
 def train(config: Distill, this: runs.Run) -> None:
     """The run itself: load, train, publish."""
     data, llama, caches = check(config)
-    accelerator = engines.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
+    accelerator = launch.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
     main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
     parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
     if main:

@@ -23,7 +23,7 @@ from rich.table import Table
 import _compose
 import _outlook
 import _ways
-from _outlook import Outlook, World
+from _world import Outlook, World
 from llamita import estimate, redaction, runs
 from llamita.distill import capture
 

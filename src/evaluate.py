@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llamita import runs
+
 log = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Rank 0 alone hashes the models; the others wait for it."""
 IGNORE = -100
 LARGEST_LOSS = 700.0
 """Nats per token of which the exponential is still a number; a worse model has the perplexity of this one."""
@@ -125,7 +124,7 @@ def join_launch() -> PartialState:
     on_cpu = not torch.cuda.is_available()
     # Not told the backend, accelerate lets every process of a launch on CPUs believe that it is alone.
     backend = None if "RANK" not in os.environ else "gloo" if on_cpu else "nccl"
-    return PartialState(cpu=on_cpu, backend=backend, timeout=COLLECTIVE_TIMEOUT)
+    return PartialState(cpu=on_cpu, backend=backend, timeout=runs.COLLECTIVE_TIMEOUT)
 
 
 @torch.inference_mode()

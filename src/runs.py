@@ -24,6 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum, StrEnum
 from pathlib import Path
 from types import FrameType
@@ -46,6 +47,8 @@ EXIT_NODE = 70
 EXIT_REQUEUE = 75
 """Everything is saved and the run wants to go on."""
 
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Rank 0 alone hashes models and publishes; the others wait for it."""
 LEAVE_SECONDS = 30.0
 """How long a later rank waits at its end for rank 0 to leave first."""
 

@@ -17,8 +17,20 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "vocab_size",
 )
+"""What a recipe may choose of a Llama: the rest follows from its vocabulary."""
+
+
+@dataclass(kw_only=True)
+class SizesConfig:
+    """Settings for each of ``SIZES``; what is unset is decided by whoever reads them."""
+
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,7 @@ class LlamaShape:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for sizes that no stock Llama can have."""
-        for name in SIZES:
+        for name in (*SIZES, "vocab_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -72,7 +84,7 @@ class LlamaShape:
         for bias in ("attention_bias", "mlp_bias"):
             if config.get(bias):
                 raise ValueError(f"{bias} must be false: no Llama has biases, and they are not handled here")
-        required = [name for name in SIZES if name not in ("num_key_value_heads", "head_dim")]
+        required = [name for name in (*SIZES, "vocab_size") if name not in ("num_key_value_heads", "head_dim")]
         if missing := [name for name in required if config.get(name) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         heads = int(config["num_attention_heads"])

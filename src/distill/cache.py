@@ -88,18 +88,18 @@ class Cache:
     """A finished cache, opened and checked."""
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """A cache that its run has finished.
+    def open(cls, path: Path, setting: str = "cache") -> Self:
+        """A cache that its run has finished; ``setting`` is what named it.
 
         Raises:
             ValueError: it is not a finished cache, or a file is missing or cut short.
         """
         if not path.is_dir():
-            raise ValueError(f"cache={path} does not exist")
+            raise ValueError(f"{setting}={path} does not exist")
         if not (path / MANIFEST).is_file():
             unfinished = (path / IDENTITY).is_file()
             hint = "of an unfinished run: finish that stage first" if unfinished else f"without {MANIFEST}"
-            raise ValueError(f"cache={path} is a directory {hint}")
+            raise ValueError(f"{setting}={path} is a directory {hint}")
         runs.check_done(path)
         return cls(path)
 

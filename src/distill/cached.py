@@ -104,7 +104,7 @@ def open_all(teachers: Mapping[str, TeacherConfig], loss: LossConfig, tokenizer:
     for name, teacher in teachers.items():
         if teacher.cache is None:
             continue
-        cache = found[name] = Cache.open(teacher.cache)
+        cache = found[name] = Cache.open(teacher.cache, f"teachers.{name}.cache")
         loss.check_sparse(name, cache.identity.temperature)
         if cache.identity.tokenizer != tokenizer:
             raise ValueError(

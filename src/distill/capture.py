@@ -24,7 +24,7 @@ from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Iden
 from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
 from llamita.distill.losses import TeacherStates, supervised
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import Attention, Batch, ResidentTeacher, Teacher, document_mask
+from llamita.distill.teachers import Attention, Batch, ResidentTeacher, Teacher, mask_for
 from llamita.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class CaptureConfig:
 
 
 USUAL_ENTRIES = 16
-"""Per token at 50 samples, as the authors of Random Sampling KD report (arXiv:2503.16870); measure with a few rows."""
+"""Assumed per token at 50 systematic samples of a teacher of billions of weights. With replacement its authors find about
+12 (Random Sampling KD, arXiv:2503.16870); systematic counts are spread over a few more. Measure with a few rows."""
 MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""
 
@@ -191,8 +192,7 @@ class Capture:
     def states(self, batch: Batch, picked_BS: Tensor) -> TeacherStates:
         """Hidden states of the supervised positions, ``[N, E]``, and the head without the rows that are no ids."""
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        mask = document_mask(on_device["position_ids"]) if self.attention is Attention.sdpa else None
-        states = self.teacher.states(on_device, mask)
+        states = self.teacher.states(on_device, mask_for(self.attention, on_device["position_ids"]))
         assert isinstance(states, TeacherStates)
         head_VE = states.head[: self.identity.vocab_size]
         return TeacherStates(states.hidden[:, :-1][picked_BS.to(self.device)], head_VE)

@@ -194,9 +194,9 @@ class _Pass:
         job, num_rows = self.job, chunk.stop - chunk.start
         hidden_CH, labels_C = self.hidden[chunk].to(job.compute_dtype), job.labels[chunk]
         logits_CW, teachers_CW = self.logits[:num_rows], self.teacher_logits[:, :num_rows]
-        _matmul(hidden_CH, self.head.T, logits_CW)
+        matmul(hidden_CH, self.head.T, logits_CW)
         for (hidden_NE, _), head, out in zip(job.dense, self.heads, teachers_CW, strict=True):
-            _matmul(hidden_NE[chunk], head.T, out)
+            matmul(hidden_NE[chunk], head.T, out)
         taken = stored.take(number, logits_CW, teachers_CW)
         slope_CW = None if self.slope is None else self.slope[:num_rows]
         found = self._evaluate(logits_CW, teachers_CW, labels_C, slope_CW)
@@ -207,7 +207,7 @@ class _Pass:
             soft_ce += soft
         if slope_CW is not None and self.grad_hidden is not None:
             out = torch.empty(hidden_CH.shape, dtype=job.exact, device=hidden_CH.device)
-            self.grad_hidden[chunk] = _matmul(slope_CW, self.head, out)
+            self.grad_hidden[chunk] = matmul(slope_CW, self.head, out)
         if slope_CW is not None and self.grad_head is not None:
             _add_matmul(self.grad_head[: len(self.head)], slope_CW.T, hidden_CH)
 
@@ -224,7 +224,7 @@ class _Pass:
         )
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out = a @ b`` with inputs in the dtype of ``b``, accumulated in that of ``out``."""
     a = a.to(b.dtype)
     if b.dtype == out.dtype:

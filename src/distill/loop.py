@@ -19,9 +19,10 @@ from torch import Tensor
 
 from llamita import runs
 from llamita.distill import losses, optim, speed
-from llamita.distill.engines import Engine, EngineConfig, MicroBatch
+from llamita.distill.engines import Engine, MicroBatch
+from llamita.distill.launch import EngineConfig
 from llamita.distill.state import Checkpoints, agree_sum
-from llamita.distill.teachers import Attention, Batch, Teacher, document_mask
+from llamita.distill.teachers import Batch, Teacher, mask_for
 from llamita.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -113,36 +114,6 @@ class Validation:
     """UTF-8 bytes of each token id, for bits per byte."""
 
 
-class DeviceTime:
-    """Seconds that the device spent inside ``with`` blocks; a GPU's queue would make a clock of the CPU run ahead."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def _mark(self) -> None:
-        if self._on_gpu:
-            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            mark.record()
-            self._marks.append(mark)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def __enter__(self) -> None:
-        self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        self._mark()
-
-    def take(self) -> float:
-        """The seconds since the last call, which must come after a synchronisation of the device."""
-        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
-        self._marks = []
-        if self._on_gpu:
-            return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
-        return float(sum(end - start for start, end in pairs))
-
-
 @dataclass(kw_only=True)
 class Trainer:
     """Everything that a training run works with."""
@@ -178,7 +149,7 @@ class Trainer:
         self._saved = -1
         self._interval: dict[str, float] = {}
         self._tally = speed.Tally()
-        self._teacher_time = DeviceTime(self.accelerator.device)
+        self._teacher_time = speed.DeviceTime(self.accelerator.device)
 
     def train(self) -> dict[str, float]:
         """Train to the last step and return the newest metrics.
@@ -271,8 +242,7 @@ class Trainer:
 
     def _prepare(self, batch: Batch) -> MicroBatch:
         """A micro-batch with its mask and what the teachers say to it."""
-        # The other kernels take other masks, which transformers makes from the position ids.
-        mask = document_mask(batch["position_ids"]) if self.config.attention is Attention.sdpa else None
+        mask = mask_for(self.config.attention, batch["position_ids"])
         with self._teacher_time:
             states = [teacher.states(batch, mask) for teacher in self.teachers]
         return MicroBatch(batch, mask, states)

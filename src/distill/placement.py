@@ -28,6 +28,8 @@ def check(teachers: Mapping[str, TeacherConfig]) -> None:
         ValueError: naming the setting.
     """
     for name, config in teachers.items():
+        if len(teachers) == 1 and config.weight_end is not None:
+            raise ValueError(f"teachers.{name}.weight_end={config.weight_end} needs another teacher to share with")
         quantised.check(name, config.weights)
 
 

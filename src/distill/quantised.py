@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from llamita import checkpoints
 from llamita.distill.losses import LossConfig, TeacherStates, distillation_loss, supervised
-from llamita.distill.teachers import Attention, Batch, Storage, document_mask, last_hidden
+from llamita.distill.teachers import Attention, Batch, Storage, document_mask, last_hidden, mask_for
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
@@ -80,7 +80,7 @@ def check(name: str, storage: Storage) -> None:
     if storage is Storage.nf4 and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"teachers.{name}.weights=nf4 needs the package bitsandbytes, which is not installed: "
-            "pip install 'llamita[quantised]', or choose int8 or full"
+            "pip install '.[quantised]', or choose int8 or full"
         )
 
 
@@ -161,8 +161,8 @@ def divergence(
     total, count = 0.0, 0
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     for batch, full in zip(batches, full_states(path, batches, dtype=dtype, device=device), strict=True):
-        sdpa = model.config._attn_implementation == Attention.sdpa.value
-        ours = last_hidden(model, batch, document_mask(batch["position_ids"]) if sdpa else None)
+        attention = Attention(model.config._attn_implementation)
+        ours = last_hidden(model, batch, mask_for(attention, batch["position_ids"]))
         head = model.lm_head.weight
         loss, _ = distillation_loss(
             ours, head, batch["labels"], [TeacherStates(full, head)], LossConfig(), measure=False

@@ -15,6 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from llamita.distill.fused import matmul
 from llamita.distill.losses import TeacherStates
 
 ONE = 2**48
@@ -117,11 +118,7 @@ def sample(
 def logits(hidden_CE: Tensor, head_VE: Tensor) -> Tensor:
     """``[C, V]`` in float32 or better, accumulated at that precision."""
     exact = torch.promote_types(head_VE.dtype, torch.float32)
-    hidden_CE = hidden_CE.to(head_VE.dtype)
-    if hidden_CE.is_cuda and exact != head_VE.dtype:
-        return torch.mm(hidden_CE, head_VE.T, out_dtype=exact)
-    # No kernel for the CPU takes bfloat16 in and gives float32 out; the product of two bfloat16 is exact in float32.
-    return hidden_CE.to(exact) @ head_VE.T.to(exact)
+    return matmul(hidden_CE, head_VE.T, hidden_CE.new_empty(len(hidden_CE), len(head_VE), dtype=exact))
 
 
 def _fixed_point(logits_CV: Tensor, temperature: float) -> Tensor:

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from llamita import checkpoints
+from llamita import checkpoints, runs
 from llamita.distill.losses import TeacherStates
-from llamita.distill.state import COLLECTIVE_TIMEOUT
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -120,7 +119,7 @@ def node_group() -> Any:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     size = local if 1 < local <= world and world % local == 0 else world
-    group, _ = dist.new_subgroups(group_size=size, timeout=COLLECTIVE_TIMEOUT)  # type: ignore[no-untyped-call]
+    group, _ = dist.new_subgroups(group_size=size, timeout=runs.COLLECTIVE_TIMEOUT)  # type: ignore[no-untyped-call]
     return group
 
 

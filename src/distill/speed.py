@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,3 +100,33 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class DeviceTime:
+    """Seconds that the device spent inside ``with`` blocks; a GPU's queue would make a clock of the CPU run ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def take(self) -> float:
+        """The seconds since the last call, which must come after a synchronisation of the device."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if self._on_gpu:
+            return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
+        return float(sum(end - start for start, end in pairs))

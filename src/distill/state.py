@@ -12,7 +12,6 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from llamita import checkpoints, runs
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Rank 0 alone hashes parents and publishes; the others wait for it."""
 FEWEST = 2
 """As many checkpoints are kept while the run goes on, whatever is asked for."""
 

@@ -16,16 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from llamita import checkpoints
 from llamita.distill import lora
 from llamita.distill.teachers import Attention
-from llamita.shapes import LlamaShape
-
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+from llamita.shapes import SIZES, LlamaShape, SizesConfig
 
 
 class Init(StrEnum):
@@ -48,16 +39,12 @@ def _llama3_rope() -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class ShapeConfig:
-    """Sizes of a student that starts from nothing; vocabulary and special tokens are those of the data."""
+class ShapeConfig(SizesConfig):
+    """Sizes of a student that starts from nothing; vocabulary and special tokens are those of the data.
 
-    num_hidden_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    """Unset: hidden_size / num_attention_heads."""
+    ``head_dim`` unset: hidden_size / num_attention_heads.
+    """
+
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 131_072

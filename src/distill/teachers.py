@@ -83,6 +83,8 @@ class TeacherConfig:
                 f"teachers.<name>.placement={self.placement} and weights={self.weights} say how a teacher is run: "
                 "one with a cache is not run, leave them at resident and full"
             )
+        if self.weights is Storage.full and self.max_kl != TeacherConfig.max_kl:
+            raise ValueError(f"teachers.<name>.max_kl={self.max_kl} needs weights=int8 or nf4, got full")
         if self.placement is Placement.zero3 and self.weights is not Storage.full:
             raise ValueError(
                 f"teachers.<name>.weights={self.weights} does not go with placement=zero3: spread weights are not "
@@ -174,6 +176,11 @@ def document_mask(position_ids_BS: Tensor) -> Tensor | None:
     document_BS = functional.pad(restarts_BS.cumsum(1), (1, 0))
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return same_BSS.tril()[:, None]
+
+
+def mask_for(attention: Attention, position_ids_BS: Tensor) -> Tensor | None:
+    """The mask that a kernel needs: the other kernels take theirs from the position ids."""
+    return document_mask(position_ids_BS) if attention is Attention.sdpa else None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from llamita.prune.basis import Basis
 from llamita.prune.importance import norm_gain
 from llamita.prune.ranking import ScoreConfig, leaving, tie_of, top
 from llamita.prune.scores import HiddenScore, Scores, WidthScore
-from llamita.prune.target import SIZES, Pairs, Rope, TargetConfig, Tie, target_shape
-from llamita.shapes import LlamaShape
+from llamita.prune.target import Pairs, Rope, TargetConfig, Tie, target_shape
+from llamita.shapes import SIZES, LlamaShape
 
 FILE = "plan.safetensors"
 FORMAT = 2

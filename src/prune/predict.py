@@ -14,8 +14,8 @@ from torch import Tensor
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.search import sized, units
-from llamita.prune.target import SIZES, TargetConfig, target_shape
-from llamita.shapes import LlamaShape
+from llamita.prune.target import TargetConfig, target_shape
+from llamita.shapes import SIZES, LlamaShape
 
 AXES = ("layers", "hidden", "mlp", "attention")
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from llamita import runs
-from llamita.prune.target import SIZES, TargetConfig, target_shape
-from llamita.shapes import LlamaShape
+from llamita.prune.target import TargetConfig, target_shape
+from llamita.shapes import SIZES, LlamaShape
 
 FILE = "candidates.jsonl"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llamita.shapes import LlamaShape
+from llamita.shapes import SIZES, LlamaShape, SizesConfig
 
 
 class Rope(StrEnum):
@@ -39,15 +39,9 @@ class Pairs(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TargetConfig:
+class TargetConfig(SizesConfig):
     """Sizes of the model to make; what is unset stays as in the source."""
 
-    num_hidden_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     tie_word_embeddings: bool | None = None
     output_rows: list[int] | None = None
     """Token ids whose logits the model keeps, in this order; it is then a ``LlamaForTokenClassification``."""
@@ -70,16 +64,6 @@ class TargetConfig:
                 raise ValueError(f"target.output_rows must hold each token id once, got {self.output_rows}")
         if self.keep_layers is not None and sorted(set(self.keep_layers)) != self.keep_layers:
             raise ValueError(f"target.keep_layers must rise without repeats, got {self.keep_layers}")
-
-
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:

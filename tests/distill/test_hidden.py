@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toy
-from torch import Tensor, nn
+from torch import nn
 
 from llamita import checkpoints, runs
 from llamita.distill import hidden
@@ -124,35 +124,3 @@ def test_a_plan_says_which_layer_was_which() -> None:
 def test_what_cannot_be_meant_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-PHASES = ("hidden_ddp", "hidden_zero2_resume", "hidden_zero3_resume_again")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both ranks say about each phase."""
-    return toy.two_ranks("student_ranks.py", tmp_path_factory.mktemp("ranks"), *PHASES)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Tensor]:
-    out = tmp_path_factory.mktemp("alone") / "run"
-    job = toy.go(out, **toy.matched())
-    return runs.read_metrics(out), torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_two_processes_learn_what_one_learns(
-    phase: str, results: list[dict[str, Any]], alone: tuple[list[dict[str, Any]], Tensor]
-) -> None:
-    """Stopped on the way and gone on with, under ZeRO."""
-    first, second = (result[phase] for result in results)
-    assert first["equal_ranks"]
-    assert first["digest"] == second["digest"]
-    for metric in ("train/loss", "kd/hidden"):
-        curves = [{row["step"]: row[metric] for row in rows if metric in row} for rows in (first["rows"], alone[0])]
-        assert curves[0].keys() == curves[1].keys()
-        assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    torch.testing.assert_close(torch.tensor(first["weights"]), alone[1], rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ import toy
 from torch import Tensor
 
 from llamita import checkpoints, runs
-from llamita.distill import engines, loop, losses
+from llamita.distill import engines, launch, losses, speed
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
 
@@ -170,7 +170,7 @@ def test_bfloat16_keeps_float32_weights_and_stays_near(
     seen: set[torch.dtype] = set()
     student = toy.model(1)
     student.model.layers[0].mlp.gate_proj.register_forward_hook(lambda _m, _i, output: seen.add(output.dtype))
-    job = toy.go(tmp_path / "run", student=student, precision=engines.Precision.bfloat16)
+    job = toy.go(tmp_path / "run", student=student, precision=launch.Precision.bfloat16)
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in toy.weights(job.engine).values()} == {torch.float32}
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(whole[0]), rel=0.02)
@@ -357,7 +357,7 @@ def test_rows_that_cannot_be_divided_are_refused() -> None:
 )
 def test_what_deepspeed_must_not_be_told_is_refused(stage: int, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        engines.DeepSpeedConfig(stage=stage, config=config)
+        launch.DeepSpeedConfig(stage=stage, config=config)
 
 
 @pytest.mark.parametrize(
@@ -366,13 +366,13 @@ def test_what_deepspeed_must_not_be_told_is_refused(stage: int, config: dict[str
         ({"compile": True}, 2, False, "compile=true does not go with deepspeed"),
         ({"attention": Attention.flash_attention_2}, 0, False, "needs a GPU"),
         (
-            {"attention": Attention.flash_attention_2, "precision": engines.Precision.float32},
+            {"attention": Attention.flash_attention_2, "precision": launch.Precision.float32},
             0,
             True,
             "needs precision=bfloat16, got float32",
         ),
         (
-            {"attention": Attention.flash_attention_2, "precision": engines.Precision.bfloat16},
+            {"attention": Attention.flash_attention_2, "precision": launch.Precision.bfloat16},
             0,
             True,
             "needs the package flash-attn",
@@ -392,17 +392,17 @@ def test_settings_that_cannot_run_here_are_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=message):
-        engines.check_launch(toy.settings(**options), engines.DeepSpeedConfig(stage=stage))
+        launch.check_launch(toy.settings(**options), launch.DeepSpeedConfig(stage=stage))
 
 
 def test_a_launcher_that_chooses_the_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    engines.check_launch(toy.settings(), engines.DeepSpeedConfig(stage=2))
+    launch.check_launch(toy.settings(), launch.DeepSpeedConfig(stage=2))
     with pytest.raises(ValueError, match=r"ACCELERATE_USE_DEEPSPEED.* choose deepspeed=zero1, zero2 or zero3"):
-        engines.check_launch(toy.settings(), engines.DeepSpeedConfig())
+        launch.check_launch(toy.settings(), launch.DeepSpeedConfig())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP"):
-        engines.check_launch(toy.settings(), engines.DeepSpeedConfig(stage=2))
+        launch.check_launch(toy.settings(), launch.DeepSpeedConfig(stage=2))
 
 
 def test_validation_knows_no_dropout_and_draws_no_random_number(
@@ -438,7 +438,7 @@ def test_validation_takes_none_of_the_time_of_steps(tmp_path: Path) -> None:
     ],
 )
 def test_the_time_of_a_device_is_that_of_its_work_and_not_of_queueing_it(device: str) -> None:
-    clock, size = loop.DeviceTime(torch.device(device)), 4096 if device == "cuda" else 512
+    clock, size = speed.DeviceTime(torch.device(device)), 4096 if device == "cuda" else 512
     matrix = torch.rand(size, size, device=device)
     matrix @ matrix
     for _ in range(2):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import toy
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
 from llamita.distill import engines, fused, lora, losses, student
 from llamita.distill.lora import LoraConfig, Projection
+from llamita.shapes import SIZES
 
 
 def merged(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -171,47 +171,7 @@ def test_settings_that_cannot_be_meant_are_refused(changes: dict[str, Any], mess
 
 @pytest.mark.parametrize("fields", [{"init": student.Init.random, "path": Path("x")}, {"path": None}], ids=str)
 def test_adapters_need_weights_to_correct(fields: dict[str, Any]) -> None:
-    sizes = dict.fromkeys(student.SIZES, 8) if fields["path"] is None else {}
+    sizes = dict.fromkeys(SIZES, 8) if fields["path"] is None else {}
     config = student.StudentConfig(lora=LoraConfig(rank=2), shape=student.ShapeConfig(**sizes), **fields)
     with pytest.raises(ValueError, match=r"student\.lora\.rank=2 corrects weights that are there"):
         config.check()
-
-
-PHASES = ("lora_ddp", "lora_zero1", "lora_zero2", "lora_zero2_resume", "lora_zero3_resume", "lora_zero3_again")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both ranks say about each phase."""
-    return toy.two_ranks("student_ranks.py", tmp_path_factory.mktemp("ranks"), *PHASES)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Tensor]:
-    out = tmp_path_factory.mktemp("alone") / "run"
-    job = toy.go(out, student=toy.adapted())
-    return runs.read_metrics(out), torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_two_processes_learn_what_one_learns(
-    phase: str, results: list[dict[str, Any]], alone: tuple[list[dict[str, Any]], Tensor]
-) -> None:
-    first, second = (result[phase] for result in results)
-    assert first["equal_ranks"]
-    assert first["digest"] == second["digest"]
-    curves = [
-        {row["step"]: row["train/loss"] for row in rows if "train/loss" in row} for rows in (first["rows"], alone[0])
-    ]
-    assert curves[0].keys() == curves[1].keys()
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    torch.testing.assert_close(torch.tensor(first["weights"]), alone[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if "zero" in phase])
-def test_deepspeed_writes_no_weight_that_rests(phase: str, results: list[dict[str, Any]]) -> None:
-    adapted = toy.adapted()
-    trained = {name for name, _ in adapted.named_parameters() if lora.is_adapter(name)}
-    assert set(results[0][phase]["stored"]) == trained

@@ -12,8 +12,10 @@ import torch
 import toy
 
 from llamita import runs
+from llamita.distill import placement
 from llamita.distill.teachers import (
     ResidentTeacher,
+    Storage,
     TeacherConfig,
     Vocabulary,
     check_vocabularies,
@@ -103,6 +105,15 @@ def test_a_share_goes_straight_from_its_begin_to_its_end() -> None:
 def test_settings_of_a_teacher_without_meaning_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"teachers.<name>.{name} must be > 0 and finite"):
         TeacherConfig(path=Path("x"), **{name: value})
+
+
+def test_a_setting_that_nothing_would_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_kl=0.2 needs weights=int8 or nf4, got full"):
+        TeacherConfig(path=Path("x"), max_kl=0.2)
+    with pytest.raises(ValueError, match=r"teachers.big.weight_end=0.5 needs another teacher to share with"):
+        placement.check({"big": TeacherConfig(path=Path("x"), weight_end=0.5)})
+    with pytest.raises(ValueError, match="say how a teacher is run"):
+        TeacherConfig(cache=Path("x"), weights=Storage.int8)
 
 
 def go(out: Path, **arguments: Any) -> list[dict[str, Any]]:

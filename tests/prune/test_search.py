@@ -15,8 +15,8 @@ from calibration import ranked, saved, text
 from conftest import tiny_model
 from llamita.prune import importance, plan, predict, search
 from llamita.prune.scores import Scores
-from llamita.prune.target import SIZES, TargetConfig, target_shape
-from llamita.shapes import PUBLISHED, LlamaShape
+from llamita.prune.target import TargetConfig, target_shape
+from llamita.shapes import PUBLISHED, SIZES, LlamaShape
 
 EIGHT = PUBLISHED["meta-llama/Llama-3.1-8B"]
 SOURCE = LlamaShape(

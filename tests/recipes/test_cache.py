@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shutil
-import string
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, locks, runs
 from llamita.distill import losses, optim, student
@@ -28,21 +27,7 @@ from llamita.distill.teachers import TeacherConfig
 @pytest.fixture(scope="module")
 def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred short documents of invented words in rows of 64 tokens."""
-    module, dice, folder = recipe("prepare"), random.Random(0), tmp_path_factory.mktemp("cache")
-    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
-    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(200)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    module.run(
-        module.Prepare(
-            source=module.SourceConfig(path=str(folder / "lines.jsonl")),
-            tokenizer=module.TokenizerConfig(vocab_size=640),
-            validation=module.ValidationConfig(fraction=0.1),
-            sequence_length=64,
-            num_proc=1,
-            out=folder / "data",
-        )
-    )
-    return folder / "data"
+    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("cache"))
 
 
 def distilled(module: ModuleType, data: Path, out: Path, **changes: Any) -> Path:

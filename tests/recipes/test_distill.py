@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import string
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
-from llamita.distill import engines, hidden, lora, losses, optim, student
+from llamita.distill import hidden, launch, lora, losses, optim, student
 from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
 
 SHAPE = {
@@ -35,21 +34,7 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred short documents of invented words in rows of 64 tokens."""
-    module, dice, folder = recipe("prepare"), random.Random(0), tmp_path_factory.mktemp("distill")
-    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
-    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(200)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    module.run(
-        module.Prepare(
-            source=module.SourceConfig(path=str(folder / "lines.jsonl")),
-            tokenizer=module.TokenizerConfig(vocab_size=640),
-            validation=module.ValidationConfig(fraction=0.1),
-            sequence_length=64,
-            num_proc=1,
-            out=folder / "data",
-        )
-    )
-    return folder / "data"
+    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("distill"))
 
 
 def settings(module: ModuleType, data: Path, out: Path, **changes: Any) -> Any:
@@ -337,7 +322,7 @@ def test_every_option_of_the_loss_reaches_the_run(
                 loss=losses.LossConfig(divergence=kind, chunk_mebibytes=1),
                 steps=1,
                 validation_rows=0,
-                precision=engines.Precision.float32,
+                precision=launch.Precision.float32,
                 keep_checkpoints=0,
             )
         )

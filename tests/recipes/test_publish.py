@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,29 +13,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import invented
 from llamita import checkpoints, runs
-from llamita.distill import engines, optim, student
+from llamita.distill import launch, optim, student
 from llamita.distill.lora import LoraConfig
 
 
 @pytest.fixture(scope="module")
 def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred short documents of invented words in rows of 64 tokens."""
-    module, dice, folder = recipe("prepare"), random.Random(0), tmp_path_factory.mktemp("publish")
-    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
-    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(100)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    module.run(
-        module.Prepare(
-            source=module.SourceConfig(path=str(folder / "lines.jsonl")),
-            tokenizer=module.TokenizerConfig(vocab_size=640),
-            validation=module.ValidationConfig(fraction=0.1),
-            sequence_length=64,
-            num_proc=1,
-            out=folder / "data",
-        )
-    )
-    return folder / "data"
+    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("publish"), documents=100)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def trained(recipe: Callable[[str], ModuleType], data: Path) -> Path:
             micro_batch_rows=4,
             checkpoint_every=2,
             validation_rows=4,
-            precision=engines.Precision.bfloat16,
+            precision=launch.Precision.bfloat16,
             optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=1),
             out=out,
         )
@@ -105,23 +89,28 @@ def test_a_step_can_be_chosen_and_is_another_model(
     assert not published.equal(last)
 
 
-def test_adapters_of_a_checkpoint_are_added_to_the_weights_that_rested(
-    recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
-) -> None:
-    module, out = recipe("distill"), tmp_path / "adapted"
+def adapted(module: ModuleType, base: Path, data: Path, out: Path) -> Path:
+    """A run of two steps that trained adapters of ``base``."""
     module.run(
         module.Distill(
-            student=student.StudentConfig(path=trained, lora=LoraConfig(rank=2)),
+            student=student.StudentConfig(path=base, lora=LoraConfig(rank=2)),
             data=module.DataConfig(path=data),
             steps=2,
             global_batch_rows=4,
             micro_batch_rows=4,
             validation_rows=0,
-            precision=engines.Precision.bfloat16,
+            precision=launch.Precision.bfloat16,
             optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=1),
             out=out,
         )
     )
+    return out
+
+
+def test_adapters_of_a_checkpoint_are_added_to_the_weights_that_rested(
+    recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
+) -> None:
+    out = adapted(recipe("distill"), trained, data, tmp_path / "adapted")
     publish(recipe, out, tmp_path / "model")
     assert (tmp_path / "model/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert (tmp_path / "model/model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
@@ -130,25 +119,14 @@ def test_adapters_of_a_checkpoint_are_added_to_the_weights_that_rested(
 def test_adapters_are_not_added_to_other_weights_than_they_were_trained_on(
     recipe: Callable[[str], ModuleType], trained: Path, data: Path, tmp_path: Path
 ) -> None:
-    module, base, out = recipe("distill"), tmp_path / "base", tmp_path / "adapted"
+    base = tmp_path / "base"
     base.mkdir()
     for file in [*trained.glob("*token*.json"), *(trained / name for name in ("config.json", "model.safetensors"))]:
         shutil.copy(file, base)
-    module.run(
-        module.Distill(
-            student=student.StudentConfig(path=base, lora=LoraConfig(rank=2)),
-            data=module.DataConfig(path=data),
-            steps=1,
-            global_batch_rows=4,
-            micro_batch_rows=4,
-            validation_rows=0,
-            optim=optim.OptimConfig(warmup_steps=1),
-            out=out,
-        )
-    )
+    out = adapted(recipe("distill"), base, data, tmp_path / "adapted")
     tensors, metadata = checkpoints.read_tensors(base / "model.safetensors")
     checkpoints.write_tensors(base / "model.safetensors", {n: 2 * t for n, t in tensors.items()}, metadata)
-    with pytest.raises(ValueError, match=r"student.path=.* is not what .*step-1 was trained from"):
+    with pytest.raises(ValueError, match=r"student.path=.* is not what .*step-2 was trained from"):
         publish(recipe, out, tmp_path / "model")
     assert not (tmp_path / "model" / "model.safetensors").exists()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import string
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+import invented
 from conftest import REPOSITORY, tiny_model
 from llamita import checkpoints, runs
 from llamita.data import loader, shards, tokens
@@ -26,7 +25,8 @@ from llamita.prune import mend, plan, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import Scores
-from llamita.prune.target import SIZES, TargetConfig
+from llamita.prune.target import TargetConfig
+from llamita.shapes import SIZES
 
 BATCH = ("global_batch_rows=4", "micro_batch_rows=4", "optim.warmup_steps=1", "validation_rows=0")
 LINE = (
@@ -52,18 +52,7 @@ CLOSED = [f"compensation.{part}_steps=0" for part in ("attention", "layer", "hea
 @pytest.fixture(scope="module")
 def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred short documents of invented words, a fifth of them held out."""
-    folder, module, dice = tmp_path_factory.mktemp("search"), recipe("prepare"), random.Random(0)
-    words = ["".join(dice.choices(string.ascii_lowercase, k=dice.randint(2, 9))) for _ in range(300)]
-    lines = [json.dumps({"text": " ".join(dice.choices(words, k=5 + n % 30))}) for n in range(200)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    source = module.SourceConfig(path=str(folder / "lines.jsonl"))
-    tokenizer = module.TokenizerConfig(vocab_size=640)
-    held_out = module.ValidationConfig(fraction=0.2)
-    config = module.Prepare(
-        source=source, tokenizer=tokenizer, validation=held_out, sequence_length=64, num_proc=1, out=folder / "data"
-    )
-    module.run(config)
-    return folder / "data"
+    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("search"), held_out=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from llamita import checkpoints, runs
 from llamita.distill import sharded
-from llamita.distill.engines import DeepSpeedConfig, Precision
+from llamita.distill.launch import DeepSpeedConfig, Precision
 from llamita.distill.losses import TeacherStates
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher, document_mask

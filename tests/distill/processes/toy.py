@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
-from llamita.distill import engines, hidden, loop, lora, optim
+from llamita.distill import engines, hidden, launch, loop, lora, optim
 from llamita.distill.losses import IGNORE, LossConfig
 from llamita.distill.teachers import ResidentTeacher
 
@@ -127,7 +127,7 @@ def settings(**overrides: Any) -> loop.LoopConfig:
         "micro_batch_rows": 8,
         "checkpoint_every": 2,
         "validation_every": 3,
-        "precision": engines.Precision.float32,
+        "precision": launch.Precision.float32,
     }
     return loop.LoopConfig(**{**fields, **overrides})
 
@@ -138,7 +138,7 @@ def trainer(
     student: LlamaForCausalLM | None = None,
     teachers: list[Any] | None = None,
     loss: LossConfig | None = None,
-    deepspeed: engines.DeepSpeedConfig | None = None,
+    deepspeed: launch.DeepSpeedConfig | None = None,
     accelerator: Accelerator | None = None,
     source: Any = None,
     matching: hidden.Matching | None = None,
@@ -146,8 +146,8 @@ def trainer(
 ) -> loop.Trainer:
     config = settings(**overrides)
     rule = optim.OptimConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5)
-    accelerator = accelerator or engines.new_accelerator(
-        config, deepspeed or engines.DeepSpeedConfig(), clip_norm=rule.clip_norm
+    accelerator = accelerator or launch.new_accelerator(
+        config, deepspeed or launch.DeepSpeedConfig(), clip_norm=rule.clip_norm
     )
     world, rank = accelerator.num_processes, accelerator.process_index
     engine = engines.build(
