@@ -71,8 +71,8 @@ class CaptureConfig:
 
 
 USUAL_ENTRIES = 16
-"""Assumed per token at 50 systematic samples of a teacher of billions of weights. With replacement its authors find about
-12 (Random Sampling KD, arXiv:2503.16870); systematic counts are spread over a few more. Measure with a few rows."""
+"""Assumed per token at 50 systematic samples of a teacher of billions of weights. With replacement the authors of
+Random Sampling KD find about 12 (arXiv:2503.16870); systematic counts are spread over a few more. Measure some rows."""
 MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
 """Settings that a restart, or another worker, may change."""
 
