@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-extras lint format clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,11 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# What needs packages of a gigabyte: Triton's interpreter, and bitsandbytes. On a machine with a GPU: pytest -m gpu.
+test-extras: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[kernels,quantised]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distill/test_kernels.py tests/distill/test_quantised.py
 
 lint: install
 	$(BIN)/ruff check .
