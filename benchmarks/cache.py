@@ -27,7 +27,7 @@ from llamita.data.shards import PackedData
 from llamita.distill import cache_format, capture, losses, samplers
 from llamita.distill.cache import Cache, Identity, Rows
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import Attention, Batch
+from llamita.distill.teachers import Attention, Batch, ResidentTeacher
 
 SAMPLES = 50
 """Of the default sampler, whose bytes the others are given."""
@@ -73,7 +73,9 @@ class Bench:
             seed=0,
             rows_per_shard=len(self.rows),
         )
-        return capture.Capture.load(self.told.model, identity, self.device, Attention.sdpa, None)
+        given = {"dtype": self.dtype, "device": self.device, "attention": Attention.sdpa}
+        teacher = ResidentTeacher.load("teacher", self.told.model, 1.0, **given)
+        return capture.Capture(teacher, identity, self.device, Attention.sdpa, None)
 
     def measure(self, sampler: Sampler, samples: int) -> dict[str, Any]:
         """Write a cache, read all of it, and hold it against the teacher."""

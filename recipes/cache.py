@@ -14,14 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from omegaconf import MISSING
 
-from llamita import checkpoints, evaluate, runs
-from llamita.data.shards import PackedData
-from llamita.distill import cache, cache_format, capture, launch, teachers
+from _recording import Inputs, costs, teacher_of
+from llamita import evaluate, runs
+from llamita.distill import cache, capture, launch, teachers
 from llamita.distill.cache import Identity
+from llamita.distill.state import agree_sum
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ WAIT_SECONDS = 600.0
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
+class TeacherConfig(teachers.PlacementConfig):
     """The model that is run."""
 
     path: Path = MISSING
@@ -59,53 +59,12 @@ class Cache(capture.CaptureConfig):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for what cannot be meant."""
         super().__post_init__()
+        self.teacher.check("teacher")
         if not self.data.splits or len(set(self.data.splits)) != len(self.data.splits):
             raise ValueError(f"data.splits must name each split once, got {self.data.splits}")
 
 
 store("cache_schema", Cache)
-
-
-class Inputs:
-    """What the recipe reads, opened and checked; no weight is read.
-
-    Raises:
-        ValueError: teacher and data do not go together, or three bytes cannot hold an entry.
-    """
-
-    def __init__(self, config: Cache) -> None:
-        self.data = PackedData.open(config.data.path)
-        available = self.data.manifest["splits"]
-        if unknown := [name for name in config.data.splits if name not in available]:
-            raise ValueError(f"data.splits must be among {', '.join(available)}, got {unknown[0]}")
-        filled = [name for name in config.data.splits if available[name]["rows"]]
-        if not filled:
-            raise ValueError(f"data.path={config.data.path} has no rows in {', '.join(config.data.splits)}")
-        self.splits = {name: self.data.split(name) for name in filled}
-        teachers.check_model("teacher.path", config.teacher.path, self.data.sequence_length)
-        self.vocabulary = teachers.Vocabulary.of_model(config.teacher.path, "teacher.path")
-        owner = f"data.path={config.data.path}"
-        teachers.check_vocabularies(
-            teachers.Vocabulary(self.data.vocab_size, self.data.tokenizer_hash, owner), [self.vocabulary]
-        )
-        cache_format.check_fits(self.data.vocab_size, config.samples_per_token)
-        self.rows_per_shard = max(1, config.shard_tokens // self.data.sequence_length)
-        self.shards = capture.shards({name: len(split) for name, split in self.splits.items()}, self.rows_per_shard)
-
-    def identity(self, config: Cache, device: torch.device) -> Identity:
-        """What the cache is made from, and how."""
-        return Identity(
-            teacher=checkpoints.content_hash(config.teacher.path),
-            tokenizer=self.vocabulary.tokenizer_hash,
-            data=self.data.content_hash,
-            vocab_size=self.data.vocab_size,
-            dtype=str(config.teacher.precision.dtype(device)).removeprefix("torch."),
-            temperature=config.temperature,
-            sampler=config.sampler,
-            samples_per_token=config.samples_per_token,
-            seed=config.run.seed,
-            rows_per_shard=self.rows_per_shard,
-        )
 
 
 def run(config: Cache) -> None:
@@ -117,17 +76,16 @@ def run(config: Cache) -> None:
     # Before anything is owned: of a large teacher this takes minutes.
     identity = inputs.identity(config, state.device) if main and not (config.out / "DONE.json").is_file() else None
     with owned(config) as whole:
-        if whole.done:
-            if config.verify and main:
-                verify(config, inputs, state.device)
+        if agreed(state, whole.done):
+            if config.verify:
+                verify(config, inputs, state)
             return
         if main:
             capture.claim(config.out, identity or inputs.identity(config, state.device))
         state.wait_for_everyone()
         if config.workers == 1:
             work(config, inputs, state, whole)
-            state.wait_for_everyone()
-            finish(config, inputs, state.device, whole)
+            finish(config, inputs, state, whole)
             return
     folder = config.out / "workers" / f"{config.worker:05d}-of-{config.workers:05d}"
     if main and capture.missing(config.out, inputs.shards[config.worker :: config.workers]):
@@ -136,13 +94,18 @@ def run(config: Cache) -> None:
     with runs.start(folder, "cache", runs.plain(config), config.run, may_change=capture.MAY_CHANGE) as mine:
         if not mine.done:
             work(config, inputs, state, mine)
-            state.wait_for_everyone()
             mine.finish([])
     with owned(config) as whole:
-        if left := len(capture.missing(config.out, inputs.shards)):
+        left = len(capture.missing(config.out, inputs.shards)) if main else 0
+        if agreed(state, left > 0):
             log.info("%d of %d shards are still missing, which other workers capture", left, len(inputs.shards))
-        elif not whole.done:
-            finish(config, inputs, state.device, whole)
+        elif not agreed(state, whole.done):
+            finish(config, inputs, state, whole)
+
+
+def agreed(state: PartialState, here: bool) -> bool:
+    """What the main process says: others may have looked a moment before or after it."""
+    return agree_sum(state, here and state.is_main_process) > 0
 
 
 def owned(config: Cache) -> AbstractContextManager[runs.Run]:
@@ -157,41 +120,48 @@ def owned(config: Cache) -> AbstractContextManager[runs.Run]:
 def work(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> None:
     """Capture what is missing of this process's share: every n-th shard, over workers and their processes."""
     part, parts = config.worker * state.num_processes + state.process_index, config.workers * state.num_processes
-    if mine := capture.missing(config.out, inputs.shards[part::parts]):
-        teacher = load(config, state.device)
-        capture.capture_all(teacher, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows)
+    mine = capture.missing(config.out, inputs.shards[part::parts])
+    if agree_sum(state, bool(mine)) if config.teacher.is_common else mine:
+        with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
+            if found := costs(worker, config, inputs, state, run):
+                run.log(found)
+            capture.capture_all(worker, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows)
+    state.wait_for_everyone()
 
 
-def load(config: Cache, device: torch.device) -> capture.Capture:
-    """The teacher that the directory was claimed for."""
-    identity, teacher = Identity.read(config.out / cache.IDENTITY), config.teacher
-    return capture.Capture.load(teacher.path, identity, device, teacher.attention, config.chunk_mebibytes)
-
-
-def finish(config: Cache, inputs: Inputs, device: torch.device, run: runs.Run) -> None:
-    """Index the shards, compare some again, and publish."""
-    if not runs.is_main_process():
-        return
-    identity = Identity.read(config.out / cache.IDENTITY)
-    files = capture.finish(config.out, identity, inputs.shards)
-    summary = cache.Cache(config.out).summary()
+def finish(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> None:
+    """Index the shards, compare some again, and publish; every rank calls this."""
+    identity, files, summary = Identity.read(config.out / cache.IDENTITY), [], {}
+    if state.is_main_process:
+        files = capture.finish(config.out, identity, inputs.shards)
+        summary = cache.Cache(config.out).summary()
     if config.verify:
-        summary["distance"] = verify(config, inputs, device)
-    log.info("%s: %s", config.out, summary)
-    run.log({f"cache/{name}": value for name, value in summary.items()}, step=len(inputs.shards))
-    run.finish(files, parents={"teacher": identity.teacher, "data": identity.data}, summary=summary)
+        summary["distance"] = verify(config, inputs, state)
+    if state.is_main_process:
+        log.info("%s: %s", config.out, summary)
+        run.log({f"cache/{name}": value for name, value in summary.items()}, step=len(inputs.shards))
+        run.finish(files, parents={"teacher": identity.teacher, "data": identity.data}, summary=summary)
 
 
-def verify(config: Cache, inputs: Inputs, device: torch.device) -> float:
-    """How far the stored targets are from those that the teacher gives now.
+def verify(config: Cache, inputs: Inputs, state: PartialState) -> float:
+    """How far the stored targets are from those that the teacher gives now; every rank calls this, the main one asks.
 
     Raises:
         ValueError: further than is allowed, or teacher or data are not those of the cache.
     """
-    made, batches = cache.Cache(config.out), {"batches": config.verify, "batch_rows": config.batch_rows}
-    cache.check_same(f"out={config.out}", made.identity, inputs.identity(config, device))
-    made.check_content()
-    return capture.verify(made, load(config, device), inputs.splits, **batches, allowed=config.max_distance)
+    identity = inputs.identity(config, state.device) if state.is_main_process else None
+    if identity is not None:
+        made = cache.Cache(config.out)
+        cache.check_same(f"out={config.out}", made.identity, identity)
+        made.check_content()
+    elif not config.teacher.is_common:
+        return 0.0
+    state.wait_for_everyone()
+    with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
+        if identity is None:
+            return 0.0
+        batches = {"batches": config.verify, "batch_rows": config.batch_rows}
+        return capture.verify(made, worker, inputs.splits, **batches, allowed=config.max_distance)
 
 
 main = command("cache", Cache, run)

@@ -20,7 +20,7 @@ import _teaching
 from llamita import checkpoints, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import cached, engines, launch, loop, losses, optim, placement, state, student, teachers
+from llamita.distill import cached, engines, launch, loop, losses, optim, placement, quantised, state, student, teachers
 from llamita.distill.cache import Cache
 
 
@@ -48,6 +48,7 @@ class Distill(loop.LoopConfig):
         """Raise ``ValueError`` for what cannot be meant."""
         super().__post_init__()
         self.student.check()
+        teachers.check_settings(self.teachers)
         if not self.teachers:
             self.loss.check_without_teacher()
 
@@ -84,7 +85,8 @@ def check(config: Distill) -> tuple[PackedData, LlamaConfig, dict[str, Cache]]:
         ValueError: data, student and teachers do not go together.
     """
     launch.check_launch(config, config.deepspeed)
-    placement.check(config.teachers)
+    for name, teacher in config.teachers.items():
+        quantised.check(f"teachers.{name}", teacher.weights)
     data = PackedData.open(config.data.path)
     data.split("train")
     if config.validation_rows and not data.manifest["splits"].get("validation", {}).get("rows"):
@@ -158,7 +160,7 @@ def train(config: Distill, this: runs.Run) -> None:
         batch_rows=config.micro_batch_rows,
         max_rows=placement.KL_ROWS,
     )
-    costs = placement.compare(beside, config.teachers, rows, accelerator=accelerator, dtype=dtype, run=this)
+    costs = placement.compare(beside, config.teachers, rows, processes=accelerator, dtype=dtype, run=this)
     job = loop.Trainer(
         accelerator=accelerator,
         engine=engine,

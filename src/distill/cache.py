@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from llamita import runs
 from llamita.distill import cache_format
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import Batch
+from llamita.distill.teachers import Batch, Storage
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, INDEX, IDENTITY, SHARDS = "cache.json", "index.bin", "identity.json", "shards"
 MASK = "document"
 """Every document attends to itself only, at positions from 0: the one mask rule there is."""
@@ -62,6 +62,8 @@ class Identity:
     samples_per_token: int
     seed: int
     rows_per_shard: int
+    weights: Storage = Storage.full
+    """What the teacher's layers were stored in."""
     mask: str = MASK
     format: int = FORMAT
 
@@ -73,7 +75,7 @@ class Identity:
             if found.get(name) != known:
                 raise ValueError(f"{path} has {name} {found.get(name)!r}, this program knows {known!r}")
         values = {name: found[name] for name in cls.__dataclass_fields__}
-        return cls(**values | {"sampler": Sampler(values["sampler"])})
+        return cls(**values | {"sampler": Sampler(values["sampler"]), "weights": Storage(values["weights"])})
 
 
 def check_same(where: str, found: Identity, wanted: Identity) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Iden
 from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
 from llamita.distill.losses import TeacherStates, supervised
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import Attention, Batch, ResidentTeacher, Teacher, mask_for
+from llamita.distill.teachers import Attention, Batch, Teacher, mask_for
 from llamita.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,10 @@ class CaptureConfig:
 USUAL_ENTRIES = 16
 """Assumed per token at 50 systematic samples of a teacher of billions of weights. With replacement the authors of
 Random Sampling KD find about 12 (arXiv:2503.16870); systematic counts are spread over a few more. Measure some rows."""
-MAY_CHANGE = ("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance")
+MAY_CHANGE = (
+    *("batch_rows", "chunk_mebibytes", "worker", "workers", "verify", "max_distance"),
+    *("teacher.placement", "teacher.max_kl"),
+)
 """Settings that a restart, or another worker, may change."""
 
 
@@ -131,17 +133,8 @@ class Capture:
     identity: Identity
     device: torch.device
     attention: Attention
-    chunk_mebibytes: int
-
-    @classmethod
-    def load(
-        cls, path: Path, identity: Identity, device: torch.device, attention: Attention, chunk_mebibytes: int | None
-    ) -> Self:
-        """With the teacher in ``path``, in the dtype of the identity, on ``device``."""
-        dtype = checkpoints.dtype_named(identity.dtype)
-        teacher = ResidentTeacher.load("teacher", path, 1.0, dtype=dtype, device=device, attention=attention)
-        budget = chunk_mebibytes or default_chunk_mebibytes(on_cpu=device.type == "cpu")
-        return cls(teacher, identity, device, attention, budget)
+    chunk_mebibytes: int | None
+    """Memory for distributions at any time; ``None``: see :class:`CaptureConfig`."""
 
     def records(self, batch: Batch) -> Iterator[tuple[Slice, Record]]:
         """Each slice of a batch with what is stored of it."""
@@ -162,7 +155,7 @@ class Capture:
             identity.samples_per_token,
             torch.from_numpy(uniform_BSK[:, :-1][picked_BS.numpy()]).to(self.device),
             temperature=identity.temperature,
-            chunk_mebibytes=self.chunk_mebibytes,
+            chunk_mebibytes=self.chunk_mebibytes or default_chunk_mebibytes(on_cpu=self.device.type == "cpu"),
         )
         length_BS = np.zeros(batch["labels"].shape, dtype=np.uint8)
         length_BS[:, :-1][picked_BS.numpy()] = draws.lengths.cpu().numpy()

@@ -6,31 +6,28 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from llamita import runs
 from llamita.distill import quantised
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.state import agree_sum
-from llamita.distill.teachers import Attention, Batch, Placement, ResidentTeacher, Storage, Teacher, TeacherConfig
+from llamita.distill.teachers import (
+    Attention,
+    Batch,
+    Placement,
+    PlacementConfig,
+    ResidentTeacher,
+    Storage,
+    Teacher,
+    TeacherConfig,
+)
 
 log = logging.getLogger(__name__)
 
 COSTS = "quantised.json"
 KL_ROWS = 8
 """Rows on which a quantised teacher is compared with itself in full: tens of thousands of tokens at 8,192 each."""
-
-
-def check(teachers: Mapping[str, TeacherConfig]) -> None:
-    """Refuse what cannot be done here, before anything is read.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for name, config in teachers.items():
-        if len(teachers) == 1 and config.weight_end is not None:
-            raise ValueError(f"teachers.{name}.weight_end={config.weight_end} needs another teacher to share with")
-        quantised.check(name, config.weights)
 
 
 def load_all(
@@ -42,15 +39,21 @@ def load_all(
         ValueError: a directory's tensors are not those of its configuration, or were not read as they are.
     """
     return [
-        load(name, config, dtype=dtype, device=device, attention=attention)
+        load(name, config, config.weight, dtype=dtype, device=device, attention=attention)
         for name, config in teachers.items()
         if config.cache is None
     ]
 
 
 def load(
-    name: str, config: TeacherConfig, *, dtype: torch.dtype, device: torch.device, attention: Attention
-) -> Teacher:
+    name: str,
+    config: PlacementConfig,
+    weight: float = 1.0,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: Attention,
+) -> ResidentTeacher | ShardedTeacher:
     """The teacher that ``config`` describes, which has a path; every rank calls this.
 
     Raises:
@@ -59,25 +62,28 @@ def load(
     assert config.path is not None
     if config.weights is not Storage.full:
         model = quantised.load(config.path, config.weights, dtype=dtype, device=device, attention=attention)
-        return ResidentTeacher(name, model, config.weight)
+        return ResidentTeacher(name, model, weight)
     match config.placement:
         case Placement.resident:
             kind: type[ResidentTeacher | ShardedTeacher] = ResidentTeacher
         case Placement.zero3:
             kind = ShardedTeacher
-    return kind.load(name, config.path, config.weight, dtype=dtype, device=device, attention=attention)
+    return kind.load(name, config.path, weight, dtype=dtype, device=device, attention=attention)
 
 
 def compare(
     teachers: Iterable[Teacher],
-    configs: Mapping[str, TeacherConfig],
+    configs: Mapping[str, PlacementConfig],
     batches: Iterable[Batch],
     *,
-    accelerator: Accelerator,
+    processes: Accelerator | PartialState,
     dtype: torch.dtype,
     run: runs.Run,
+    prefix: str = "teachers.",
 ) -> dict[str, float]:
     """KL(full || quantised) per token as ``teacher/kl_quantised_NAME``; measured once in a run, every rank calls this.
+
+    ``prefix`` and a teacher's name are its setting, for messages.
 
     Each rank measures every world-th batch, and reads the model's files once, a layer at a time. What was measured is
     kept in the run's ``quantised.json``.
@@ -90,40 +96,39 @@ def compare(
         return {}
     file = run.path / COSTS
     known = {}
-    if accelerator.is_main_process and file.is_file():
+    if processes.is_main_process and file.is_file():
         known = {name: float(kl) for name, kl in runs.read_json(file).items()}
-    if not agree_sum(accelerator, bool(known)):
-        known = _measure(chosen, configs, list(batches), accelerator=accelerator, dtype=dtype)
-        if accelerator.is_main_process:
+    if not agree_sum(processes, bool(known)):
+        known = _measure(chosen, configs, list(batches), processes=processes, dtype=dtype, prefix=prefix)
+        if processes.is_main_process:
             runs.write_json(file, known)
     return known
 
 
 def _measure(
     chosen: Sequence[Teacher],
-    configs: Mapping[str, TeacherConfig],
+    configs: Mapping[str, PlacementConfig],
     batches: Sequence[Batch],
     *,
-    accelerator: Accelerator,
+    processes: Accelerator | PartialState,
     dtype: torch.dtype,
+    prefix: str,
 ) -> dict[str, float]:
-    mine, found = batches[accelerator.process_index :: accelerator.num_processes], {}
+    mine, found = batches[processes.process_index :: processes.num_processes], {}
     for teacher in chosen:
         config = configs[teacher.name]
         assert isinstance(teacher, ResidentTeacher)
         assert config.path is not None
         total, count = 0.0, 0
         if mine:
-            total, count = quantised.divergence(
-                teacher.model, config.path, mine, dtype=dtype, device=accelerator.device
-            )
-        kl = agree_sum(accelerator, total) / max(agree_sum(accelerator, count), 1)
+            total, count = quantised.divergence(teacher.model, config.path, mine, dtype=dtype, device=processes.device)
+        kl = agree_sum(processes, total) / max(agree_sum(processes, count), 1)
         log.info("teacher %s in %s differs from itself by %.4g nats per token", teacher.name, config.weights, kl)
         if not kl <= config.max_kl:
             other = "full" if config.weights is Storage.int8 else "int8 or full"
             raise ValueError(
-                f"teachers.{teacher.name}.weights={config.weights} moves its distributions by {kl:.4g} nats per token, "
-                f"more than teachers.{teacher.name}.max_kl={config.max_kl}: choose {other}, or allow more"
+                f"{prefix}{teacher.name}.weights={config.weights} moves its distributions by {kl:.4g} nats per token, "
+                f"more than {prefix}{teacher.name}.max_kl={config.max_kl}: choose {other}, or allow more"
             )
         found[f"teacher/kl_quantised_{teacher.name}"] = kl
     return found

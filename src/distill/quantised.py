@@ -71,7 +71,7 @@ class Nf4Linear(nn.Module):
         return functional.linear(hidden, dequantize_4bit(self.packed, self.state).to(hidden.dtype))
 
 
-def check(name: str, storage: Storage) -> None:
+def check(setting: str, storage: Storage) -> None:
     """Refuse what the installed packages cannot do, before anything is read.
 
     Raises:
@@ -79,7 +79,7 @@ def check(name: str, storage: Storage) -> None:
     """
     if storage is Storage.nf4 and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"teachers.{name}.weights=nf4 needs the package bitsandbytes, which is not installed: "
+            f"{setting}.weights=nf4 needs the package bitsandbytes, which is not installed: "
             "pip install '.[quantised]', or choose int8 or full"
         )
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,8 @@ from llamita import checkpoints, runs
 from llamita.distill.losses import TeacherStates
 from llamita.distill.teachers import Attention, Batch, last_hidden
 
+# torch 2.13 renames it, and warns of the old name.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 EMBEDDING = "model.embed_tokens.weight"
 ALIGNMENT = 64
 """Values; a piece begins where a kernel likes a tensor to begin."""
@@ -152,6 +155,7 @@ class ShardedTeacher:
         self._rank = dist.get_rank(group) if group else 0
         self.units = units_of(weights)
         self._next = 0
+        self._counts_turns = False
         self._work: list[Any] = [None, None]
         self._pieces = [self._read(weights, unit, dtype) for unit in self.units]
         longest = max(len(piece) for piece in self._pieces) * self._size
@@ -221,7 +225,7 @@ class ShardedTeacher:
             buffer.copy_(piece)
             return
         # As bytes: not every backend knows every dtype.
-        self._work[index % 2] = dist.all_gather_into_tensor(
+        self._work[index % 2] = all_gather(
             buffer.view(torch.uint8), piece.view(torch.uint8), group=self._group, async_op=True
         )
 
@@ -238,9 +242,43 @@ class ShardedTeacher:
             self._start(self._next)
         self._wait(index)
 
-    @torch.no_grad()
+    @contextmanager
+    def uneven(self) -> Iterator[None]:
+        """Within, processes may call :meth:`states` differently often.
+
+        One that leaves, at the end of its work or because it was stopped, gathers layers for the others until the last
+        of them has left. An error ends the process at once: its launcher ends the others.
+        """
+        self._counts_turns = True
+        try:
+            yield
+        except runs.Stopped:
+            self._keep_company()
+            raise
+        self._keep_company()
+        self._counts_turns = False
+
+    def _keep_company(self) -> None:
+        """Run a row of one token whenever another process runs something."""
+        nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        while self._take_turn(works=False):
+            self._forward({"input_ids": nothing, "position_ids": nothing}, None)
+
+    def _take_turn(self, *, works: bool) -> bool:
+        """Agree on one more forward; whether any process has something to run."""
+        workers = torch.tensor([int(works)], device=self.device)
+        if self._group is not None:
+            dist.all_reduce(workers, group=self._group)
+        return works or workers.item() > 0
+
     def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
         """Last hidden states and head, without gradient; all processes of the group must call this together."""
+        if self._counts_turns:
+            self._take_turn(works=True)
+        return self._forward(batch, mask)
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
         self._next = 0
         self._start(0)
         return TeacherStates(last_hidden(self.model, batch, mask), self.model.lm_head.weight, self.weight)

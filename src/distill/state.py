@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 
 from llamita import checkpoints, runs
 
@@ -29,10 +29,10 @@ FEWEST = 2
 """As many checkpoints are kept while the run goes on, whatever is asked for."""
 
 
-def agree_sum(accelerator: Accelerator, value: float) -> float:
+def agree_sum(processes: Accelerator | PartialState, value: float) -> float:
     """The sum of ``value`` over ranks."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
-    return float(accelerator.reduce(tensor, reduction="sum").item())
+    tensor = torch.tensor([value], dtype=torch.float64, device=processes.device)
+    return float(reduce(tensor, reduction="sum").item())
 
 
 def random_state() -> dict[str, Any]:

@@ -56,45 +56,80 @@ class Storage(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
-    """A model to learn from: run beside the student, or read from a cache that was made of it before."""
+class PlacementConfig:
+    """A model that only reads: where its weights lie, and in how many bits."""
 
     path: Path | None = None
-    """Its directory; beside ``cache``, the teacher that the cache must be of."""
+    placement: Placement = Placement.resident
+    weights: Storage = Storage.full
+    max_kl: float = 0.1
+    """Nats per token by which quantised weights may differ from the full ones; the run ends where they differ more."""
+
+    @property
+    def is_common(self) -> bool:
+        """Whether all processes must take part in loading it."""
+        return self.placement is not Placement.resident or self.weights is not Storage.full
+
+    def check(self, setting: str) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ValueError: naming ``setting``, which this is the value of.
+        """
+        if not 0 < self.max_kl < math.inf:
+            raise ValueError(f"{setting}.max_kl must be > 0 and finite, got {self.max_kl}")
+        if self.weights is Storage.full and self.max_kl != PlacementConfig.max_kl:
+            raise ValueError(f"{setting}.max_kl={self.max_kl} needs weights=int8 or nf4, got full")
+        if self.placement is Placement.zero3 and self.weights is not Storage.full:
+            raise ValueError(
+                f"{setting}.weights={self.weights} does not go with placement=zero3: spread weights are not "
+                "quantised; choose weights=full or placement=resident"
+            )
+
+
+@dataclass(kw_only=True)
+class TeacherConfig(PlacementConfig):
+    """A model to learn from: run beside the student, or read from a cache that was made of it before.
+
+    Its ``path`` beside ``cache`` is the teacher that the cache must be of.
+    """
+
     cache: Path | None = None
     """A directory of ``recipes/cache.py``; the teacher itself is not run then."""
     weight: float = 1.0
     """Its share in the mixture; shares are divided by their sum."""
     weight_end: float | None = None
     """Its share at the last step, reached on a straight line; unset: as ``weight``."""
-    placement: Placement = Placement.resident
-    weights: Storage = Storage.full
-    max_kl: float = 0.1
-    """Nats per token by which quantised weights may differ from the full ones; the run ends where they differ more."""
 
-    def __post_init__(self) -> None:
-        for name, value in (("weight", self.weight), ("weight_end", self.weight_end), ("max_kl", self.max_kl)):
+    def check(self, setting: str) -> None:
+        super().check(setting)
+        for name, value in (("weight", self.weight), ("weight_end", self.weight_end)):
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"teachers.<name>.{name} must be > 0 and finite, got {value}")
+                raise ValueError(f"{setting}.{name} must be > 0 and finite, got {value}")
         if self.path is None and self.cache is None:
-            raise ValueError("teachers.<name> needs path, or cache, or both, got neither")
-        if self.cache is not None and (self.placement, self.weights) != (Placement.resident, Storage.full):
+            raise ValueError(f"{setting} needs path, or cache, or both, got neither")
+        if self.cache is not None and self.is_common:
             raise ValueError(
-                f"teachers.<name>.placement={self.placement} and weights={self.weights} say how a teacher is run: "
+                f"{setting}.placement={self.placement} and weights={self.weights} say how a teacher is run: "
                 "one with a cache is not run, leave them at resident and full"
-            )
-        if self.weights is Storage.full and self.max_kl != TeacherConfig.max_kl:
-            raise ValueError(f"teachers.<name>.max_kl={self.max_kl} needs weights=int8 or nf4, got full")
-        if self.placement is Placement.zero3 and self.weights is not Storage.full:
-            raise ValueError(
-                f"teachers.<name>.weights={self.weights} does not go with placement=zero3: spread weights are not "
-                "quantised; choose weights=full or placement=resident"
             )
 
     def share(self, step: int, steps: int) -> float:
         """The undivided share at ``step`` of ``steps``."""
         end = self.weight if self.weight_end is None else self.weight_end
         return self.weight + (end - self.weight) * step / steps
+
+
+def check_settings(configs: Mapping[str, TeacherConfig]) -> None:
+    """Refuse settings of teachers that cannot be meant, without looking at any file.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, config in configs.items():
+        config.check(f"teachers.{name}")
+        if len(configs) == 1 and config.weight_end is not None:
+            raise ValueError(f"teachers.{name}.weight_end={config.weight_end} needs another teacher to share with")
 
 
 class Teacher(Protocol):

@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from llamita import checkpoints, runs
 from llamita.distill import placement, quantised
-from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig, document_mask, last_hidden
+from llamita.distill.teachers import (
+    Attention,
+    Placement,
+    PlacementConfig,
+    Storage,
+    TeacherConfig,
+    document_mask,
+    last_hidden,
+)
 
 PLAIN: Any = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": Attention.sdpa}
 needs_bitsandbytes = pytest.mark.skipif(
@@ -98,7 +106,7 @@ def compare(path: Path, out: Path, **settings: Any) -> dict[str, float]:
         accelerator = toy.trainer(run).accelerator
         teacher = placement.load("big", config, **PLAIN)
         return placement.compare(
-            [teacher], {"big": config}, [toy.rows(3)], accelerator=accelerator, dtype=torch.float32, run=run
+            [teacher], {"big": config}, [toy.rows(3)], processes=accelerator, dtype=torch.float32, run=run
         )
 
 
@@ -118,14 +126,14 @@ def test_a_teacher_that_quantisation_has_harmed_is_not_used_in_silence(path: Pat
 
 def test_four_bits_without_the_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    placement.check({"big": TeacherConfig(path=Path("x"), weights=Storage.int8)})
+    quantised.check("teachers.big", Storage.int8)
     with pytest.raises(ValueError, match=r"teachers.big.weights=nf4 needs the package bitsandbytes"):
-        placement.check({"big": TeacherConfig(path=Path("x"), weights=Storage.nf4)})
+        quantised.check("teachers.big", Storage.nf4)
 
 
 def test_spread_weights_are_not_quantised() -> None:
-    with pytest.raises(ValueError, match=r"weights=int8 does not go with placement=zero3"):
-        TeacherConfig(path=Path("x"), weights=Storage.int8, placement=Placement.zero3)
+    with pytest.raises(ValueError, match=r"teacher.weights=int8 does not go with placement=zero3"):
+        PlacementConfig(path=Path("x"), weights=Storage.int8, placement=Placement.zero3).check("teacher")
 
 
 @pytest.mark.parametrize("config", [{"weights": Storage.int8}, {"placement": Placement.zero3}, {}])

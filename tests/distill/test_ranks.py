@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> list[dict[str, Any]]:
     """What both ranks say about each phase."""
     checkpoints.save_model(toy.model(2, hidden=24, tied=False), folder / "teacher", source=None, provenance={})
-    finished(launch(str(folder), *PHASES, *PARTS, "compare", "damaged"))
+    finished(launch(str(folder), *PHASES, *PARTS, "compare", "uneven", "damaged"))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -178,6 +178,15 @@ def test_other_numbers_of_processes_go_on_as_if_nothing_had_happened(
 def test_a_teacher_in_pieces_says_what_it_says_whole(results: list[dict[str, Any]]) -> None:
     assert all(result["compare"]["same"] for result in results)
     assert not any(result["compare"]["trainable"] for result in results)
+
+
+@pytest.mark.slow
+def test_processes_with_different_work_keep_each_other_company(results: list[dict[str, Any]]) -> None:
+    """Five batches against three, then three against one that is stopped."""
+    assert [result["uneven"] for result in results] == [
+        {"same": [True] * 8, "stopped": False},
+        {"same": [True] * 4, "stopped": True},
+    ]
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ import torch
 import toy
 
 from llamita import runs
-from llamita.distill import placement
 from llamita.distill.teachers import (
+    PlacementConfig,
     ResidentTeacher,
     Storage,
     TeacherConfig,
     Vocabulary,
+    check_settings,
     check_vocabularies,
     document_mask,
     last_hidden,
@@ -103,17 +104,17 @@ def test_a_share_goes_straight_from_its_begin_to_its_end() -> None:
 @pytest.mark.parametrize("name", ["weight", "weight_end", "max_kl"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_settings_of_a_teacher_without_meaning_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"teachers.<name>.{name} must be > 0 and finite"):
-        TeacherConfig(path=Path("x"), **{name: value})
+    with pytest.raises(ValueError, match=rf"teachers.big.{name} must be > 0 and finite"):
+        check_settings({"big": TeacherConfig(path=Path("x"), **{name: value})})
 
 
 def test_a_setting_that_nothing_would_read_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_kl=0.2 needs weights=int8 or nf4, got full"):
-        TeacherConfig(path=Path("x"), max_kl=0.2)
+        PlacementConfig(path=Path("x"), max_kl=0.2).check("teacher")
     with pytest.raises(ValueError, match=r"teachers.big.weight_end=0.5 needs another teacher to share with"):
-        placement.check({"big": TeacherConfig(path=Path("x"), weight_end=0.5)})
-    with pytest.raises(ValueError, match="say how a teacher is run"):
-        TeacherConfig(cache=Path("x"), weights=Storage.int8)
+        check_settings({"big": TeacherConfig(path=Path("x"), weight_end=0.5)})
+    with pytest.raises(ValueError, match=r"teachers.big.placement=resident .* say how a teacher is run"):
+        check_settings({"big": TeacherConfig(cache=Path("x"), weights=Storage.int8)})
 
 
 def go(out: Path, **arguments: Any) -> list[dict[str, Any]]:

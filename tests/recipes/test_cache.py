@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, locks, runs
-from llamita.distill import losses, optim, student
+from llamita.distill import cache, losses, optim, student
 from llamita.distill.samplers import Sampler
-from llamita.distill.teachers import TeacherConfig
+from llamita.distill.teachers import Storage, TeacherConfig, check_settings
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,25 @@ def test_settings_without_meaning_are_refused(
         settings(recipe("cache"), tmp_path, tmp_path, tmp_path / "out", **change)
 
 
+def test_a_quantised_teacher_is_captured_and_says_what_that_changed(
+    recipe: Callable[[str], ModuleType], made: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    module, out = recipe("cache"), tmp_path / "cache"
+    config = settings(module, teacher, data, out, verify=1)
+    config.teacher.weights, config.teacher.max_kl = Storage.int8, 1e-12
+    with pytest.raises(ValueError, match=r"^teacher.weights=int8 moves .* more than teacher.max_kl=1e-12"):
+        module.run(config)
+    config.teacher.max_kl = 0.1
+    module.run(config)
+    costs = [row["teacher/kl_quantised_teacher"] for row in runs.read_metrics(out) if len(row) == 4]
+    assert len(costs) == 1
+    assert 0 < costs[0] < 0.1
+    assert cache.Cache.open(out).identity.weights is Storage.int8
+    assert contents(out) != contents(made)
+    with pytest.raises(ValueError, match=r"teacher.weights: 'int8' -> 'full'"):
+        module.run(settings(module, teacher, data, out))
+
+
 def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
     teacher: Path, data: Path, recipe: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -227,8 +246,8 @@ def test_a_split_that_is_not_there_is_refused_before_anything_is_written(
 
 
 def test_a_teacher_needs_a_path_or_a_cache() -> None:
-    with pytest.raises(ValueError, match="needs path, or cache, or both"):
-        TeacherConfig()
+    with pytest.raises(ValueError, match=r"teachers.big needs path, or cache, or both"):
+        check_settings({"big": TeacherConfig()})
 
 
 def test_a_job_of_a_slurm_array_is_one_of_its_workers(
@@ -303,13 +322,36 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     assert contents(out) == contents(made)
 
 
+def on_two_processes(out: Path, **overrides: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY / "typings"), "OMP_NUM_THREADS": "1"}
+    env["LLAMITA_EXIT_DIR"] = str(out.parent)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = command(*launcher, overrides={**overrides, "shard_tokens": 64 * 16, "out": out})
+    return subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_cache(made: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY / "typings"), "OMP_NUM_THREADS": "1"}
-    overrides = {"teacher.path": teacher, "data.path": data, "shard_tokens": 64 * 16, "out": tmp_path / "run"}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = subprocess.run(
-        command(*launcher, overrides=overrides), env=env, capture_output=True, text=True, check=False
-    )
+    process = on_two_processes(tmp_path / "run", **{"teacher.path": teacher, "data.path": data})
     assert process.returncode == 0, process.stdout + process.stderr
     assert contents(tmp_path / "run") == contents(made)
+
+
+@pytest.mark.slow
+def test_a_spread_teacher_is_captured_by_processes_that_have_different_work(
+    made: Path, teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process keeps the other company at the end, when both are stopped, and when only one verifies."""
+    out, given = tmp_path / "run", {"teacher.path": teacher, "data.path": data, "teacher.placement": "zero3"}
+    (out / "control").mkdir(parents=True)
+    (out / "control" / "stop-7-0").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    process = on_two_processes(out, **given)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["75\n", "75\n"], process.stderr
+    assert not list((out / "shards").glob("*"))
+    monkeypatch.delenv("SLURM_JOB_ID")
+    process = on_two_processes(out, **given, verify=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert contents(out) == contents(made)
+    assert len(list((out / "shards").iterdir())) % 2
+    assert runs.check_done(out)["summary"]["distance"] == 0

@@ -220,8 +220,8 @@ def test_bad_settings_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("weight", [0.0, float("inf"), float("nan")])
 def test_a_share_without_meaning_is_refused(weight: float, recipe: Callable[[str], ModuleType]) -> None:
-    with pytest.raises(ValueError, match=r"teachers.<name>.weight must be > 0 and finite"):
-        TeacherConfig(path=Path("x"), weight=weight)
+    with pytest.raises(ValueError, match=r"teachers.big.weight must be > 0 and finite"):
+        recipe("distill").Distill(student=from_shape(), teachers={"big": TeacherConfig(path=Path("x"), weight=weight)})
 
 
 def test_other_vocabularies_are_refused_before_anything_is_written(

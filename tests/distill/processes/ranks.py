@@ -84,6 +84,29 @@ def compare(folder: Path) -> dict[str, Any]:
     }
 
 
+def uneven(folder: Path) -> dict[str, Any]:
+    """Rank 1 is stopped after one of its batches, rank 0 has five; then both may run something again."""
+    teacher = spread(folder)
+    whole = ResidentTeacher.load("big", folder / "teacher", 1.0, **PLAIN)
+    same, stopped = [], False
+
+    def look(seed: int) -> None:
+        batch = toy.rows(1 + seed % 3, seed=seed)
+        mask = document_mask(batch["position_ids"])
+        same.append(torch.equal(teacher.states(batch, mask).hidden, whole.states(batch, mask).hidden))
+
+    for turn in range(2):
+        try:
+            with teacher.uneven():
+                for seed in range(5 if turn == RANK else 3):
+                    look(seed)
+                    if turn == RANK == 1:
+                        raise runs.Stopped("enough")
+        except runs.Stopped:
+            stopped = True
+    return {"same": same, "stopped": stopped}
+
+
 def damaged(folder: Path) -> dict[str, Any]:
     """What every rank says when one of them has read another piece than the file holds."""
     read = sharded.read_piece
@@ -161,6 +184,8 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
             return curve(out, micro_batch_rows=2, deepspeed=zero(int(name[4])), teachers=[spread(folder)])
         case "compare":
             return compare(folder)
+        case "uneven":
+            return uneven(folder)
         case "damaged":
             return damaged(folder)
         case "zero1_part" | "zero2_part" | "zero3_part" | "zero1_bfloat16_part":
