@@ -28,12 +28,16 @@ def cache(config: Any, world: World, outlook: Outlook) -> None:
     outlook.mistakes += checks.errors_of(lambda: cache_format.check_fits(shape.vocab_size, config.samples_per_token))
     half = config.teacher.precision.dtype(torch.device("cuda" if world.hardware.is_gpu else "cpu")) is torch.bfloat16
     tokens = rows.sequence_length * sum(rows.rows.get(split, 0) for split in config.data.splits)
-    weights = (2 if half else 4) * shape.num_parameters
+    value = 2 if half else 4
+    teacher = estimate.Teacher(name="teacher", shape=shape, bytes_per_value=value)
+    teacher = _ways.placed(teacher, config.teacher, world.processes)
+    weights, forward = estimate.teacher_bytes(teacher, config.batch_rows * rows.sequence_length).values()
     chunk = (config.chunk_mebibytes or capture.default_chunk_mebibytes(on_cpu=not world.hardware.is_gpu)) * 2**20
     outlook.parameters = {"teacher": shape.num_parameters}
-    outlook.memory = {"teacher, weights": weights, "distributions": chunk}
+    outlook.memory = {"teacher, weights": weights, "teacher, forward": forward, "distributions": chunk}
     outlook.flops = {"teacher, forward": tokens * shape.forward_flops_per_token(rows.sequence_length / 2)}
-    outlook.read_bytes = float(weights)
+    # What is spread is compared with its files, what is quantised with itself in full.
+    outlook.read_bytes = float(value * shape.num_parameters * (2 if config.teacher.is_common else 1))
     entries = min(world.entries_per_token, config.samples_per_token)
     outlook.disk = {"entries": float(cache_format.ENTRY_BYTES * entries * tokens), "lengths": float(tokens)}
     outlook.notes.append(

@@ -10,13 +10,15 @@ from rich.table import Table
 
 from llamita import estimate
 from llamita.distill.cache_format import ENTRY_BYTES
-from llamita.distill.teachers import Placement, Storage, TeacherConfig
+from llamita.distill.teachers import Placement, PlacementConfig, Storage, TeacherConfig
 from llamita.estimate import Device, Teacher, Training
 
 LENGTH_BYTES = 1.0
 """How many entries a position has."""
 NODE_PROCESSES = 8
 """Among which a spread teacher is divided, at most."""
+CAPTURED = ("online, resident", "online, ZeRO-3")
+"""Ways to hold a teacher that give a cache of the distributions that it has in full."""
 WORTH = 0.95
 """Share of the GPU-hours online below which a cache is recommended."""
 INT8_BYTES = 1.0
@@ -30,7 +32,7 @@ def is_cached(config: TeacherConfig) -> bool:
     return config.cache is not None
 
 
-def placed(teacher: Teacher, config: TeacherConfig, processes: int) -> Teacher:
+def placed(teacher: Teacher, config: PlacementConfig, processes: int) -> Teacher:
     """The teacher as its settings place and store it."""
     matrix = {Storage.int8: INT8_BYTES, Storage.nf4: NF4_BYTES}.get(config.weights)
     spread = config.placement is Placement.zero3
@@ -67,9 +69,9 @@ def compare(
         del kinds["online, ZeRO-3"]
     ways = [_way(name, dataclasses.replace(training, teachers=kind), device, mfu) for name, kind in kinds.items()]
     cached = _way("cached", dataclasses.replace(training, teachers=()), device, mfu)
-    # recipes/cache.py holds a teacher whole, in the precision of its layers.
-    largest = max(teacher.shape.num_parameters * teacher.bytes_per_value for teacher in teachers)
-    cached["fits"] = cached["fits"] and largest <= device.memory_bytes
+    # recipes/cache.py runs one teacher after the other, whole or spread.
+    held = [min(_held(kinds[kind][place]) for kind in kinds if kind in CAPTURED) for place in range(len(teachers))]
+    cached["fits"] = cached["fits"] and max(held) <= device.memory_bytes
     context = training.sequence_length / 2
     if training.validation_rows:
         tokens += training.validation_rows * training.sequence_length
@@ -83,6 +85,11 @@ def compare(
     if fitting:
         min(fitting, key=lambda way: way["gpu_hours"] / (WORTH if way is cached else 1))["recommended"] = True
     return ways
+
+
+def _held(teacher: Teacher) -> float:
+    """Bytes of its weights in one process."""
+    return next(iter(estimate.teacher_bytes(teacher, tokens=0).values()))
 
 
 def _way(name: str, training: Training, device: Device, mfu: float) -> dict[str, Any]:
