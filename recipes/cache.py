@@ -156,7 +156,6 @@ def verify(config: Cache, inputs: Inputs, state: PartialState) -> float:
         made.check_content()
     elif not config.teacher.is_common:
         return 0.0
-    state.wait_for_everyone()
     with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
         if identity is None:
             return 0.0

@@ -255,8 +255,10 @@ class ShardedTeacher:
         except runs.Stopped:
             self._keep_company()
             raise
-        self._keep_company()
-        self._counts_turns = False
+        else:
+            self._keep_company()
+        finally:
+            self._counts_turns = False
 
     def _keep_company(self) -> None:
         """Run a row of one token whenever another process runs something."""

@@ -332,7 +332,7 @@ def on_two_processes(out: Path, **overrides: Any) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_cache(made: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
-    process = on_two_processes(tmp_path / "run", **{"teacher.path": teacher, "data.path": data})
+    process = on_two_processes(tmp_path / "run", **{"teacher.path": teacher, "data.path": data, "verify": 1})
     assert process.returncode == 0, process.stdout + process.stderr
     assert contents(tmp_path / "run") == contents(made)
 
