@@ -88,11 +88,11 @@ def run(config: Cache) -> None:
             finish(config, inputs, state, whole)
             return
     folder = config.out / "workers" / f"{config.worker:05d}-of-{config.workers:05d}"
-    if main and capture.missing(config.out, inputs.shards[config.worker :: config.workers]):
+    if main and capture.missing(config.out, share(config, inputs)):
         (folder / "DONE.json").unlink(missing_ok=True)  # it was done once, and a damaged shard has been removed since
     state.wait_for_everyone()
     with runs.start(folder, "cache", runs.plain(config), config.run, may_change=capture.MAY_CHANGE) as mine:
-        if not mine.done:
+        if not agreed(state, mine.done):
             work(config, inputs, state, mine)
             mine.finish([])
     with owned(config) as whole:
@@ -117,15 +117,21 @@ def owned(config: Cache) -> AbstractContextManager[runs.Run]:
     return runs.start_when_free(config.out, "cache", plain, quiet, may_change=capture.MAY_CHANGE, seconds=seconds)
 
 
+def share(config: Cache, inputs: Inputs) -> list[capture.Shard]:
+    """The shards of this worker; its processes take them in turns."""
+    return inputs.shards[config.worker :: config.workers]
+
+
 def work(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> None:
-    """Capture what is missing of this process's share: every n-th shard, over workers and their processes."""
-    part, parts = config.worker * state.num_processes + state.process_index, config.workers * state.num_processes
-    mine = capture.missing(config.out, inputs.shards[part::parts])
+    """Capture what is missing of this process's share, and wait for the others of this worker."""
+    all_mine = share(config, inputs)
+    mine = capture.missing(config.out, all_mine[state.process_index :: state.num_processes])
     if agree_sum(state, bool(mine)) if config.teacher.is_common else mine:
         with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
             if found := costs(worker, config, inputs, state, run):
                 run.log(found)
             capture.capture_all(worker, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows)
+    capture.wait(all_mine, run, config.out)
     state.wait_for_everyone()
 
 
@@ -154,7 +160,7 @@ def verify(config: Cache, inputs: Inputs, state: PartialState) -> float:
         made = cache.Cache(config.out)
         cache.check_same(f"out={config.out}", made.identity, identity)
         made.check_content()
-    elif not config.teacher.is_common:
+    elif config.teacher.placement is not teachers.Placement.zero3:
         return 0.0
     with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
         if identity is None:

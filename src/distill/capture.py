@@ -69,6 +69,8 @@ class CaptureConfig:
         cache_format.check_fits(1, self.samples_per_token)
 
 
+WAIT_SECONDS = 0.5
+"""Between looks at the shards of other processes."""
 USUAL_ENTRIES = 16
 """Assumed per token at 50 systematic samples of a teacher of billions of weights. With replacement the authors of
 Random Sampling KD find about 12 (arXiv:2503.16870); systematic counts are spread over a few more. Measure some rows."""
@@ -228,6 +230,22 @@ def capture_all(
             speed = {"cache/tokens_per_s": held["tokens"] / seconds, "cache/tokens": held["tokens"]}
             size = {f"cache/{name}_per_token": held[name] / predicted for name in ("entries", "bytes")}
             run.log(speed | size, step=number)
+
+
+def wait(wanted: Sequence[Shard], run: runs.Run, out: Path) -> None:
+    """Return when these shards are whole, whoever captures them.
+
+    A collective would give up on a process that is hours behind, and would not hear of a stop.
+
+    Raises:
+        Stopped: as :func:`capture_all`.
+    """
+    signals = (run.stop, runs.StopSignal(out))
+    while left := missing(out, list(wanted)):
+        if any(signal.is_set() for signal in signals):
+            raise runs.Stopped(f"stopped in {out}: the shards that are whole stay; start it again to go on")
+        wanted = left
+        time.sleep(WAIT_SECONDS)
 
 
 def _until_stopped(batches: Iterator[Batch], signals: Sequence[runs.StopSignal], out: Path) -> Iterator[Batch]:

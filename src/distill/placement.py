@@ -95,14 +95,30 @@ def compare(
     if not chosen:
         return {}
     file = run.path / COSTS
-    known = {}
+    known: dict[str, float] = {}
     if processes.is_main_process and file.is_file():
         known = {name: float(kl) for name, kl in runs.read_json(file).items()}
     if not agree_sum(processes, bool(known)):
-        known = _measure(chosen, configs, list(batches), processes=processes, dtype=dtype, prefix=prefix)
+        known = _measure(chosen, configs, list(batches), processes=processes, dtype=dtype)
         if processes.is_main_process:
             runs.write_json(file, known)
+    for teacher in chosen if known else ():
+        _refuse_above(f"{prefix}{teacher.name}", configs[teacher.name], known[_metric(teacher)])
     return known
+
+
+def _metric(teacher: Teacher) -> str:
+    return f"teacher/kl_quantised_{teacher.name}"
+
+
+def _refuse_above(setting: str, config: PlacementConfig, kl: float) -> None:
+    if kl <= config.max_kl:
+        return
+    other = "full" if config.weights is Storage.int8 else "int8 or full"
+    raise ValueError(
+        f"{setting}.weights={config.weights} moves its distributions by {kl:.4g} nats per token, "
+        f"more than {setting}.max_kl={config.max_kl}: choose {other}, or allow more"
+    )
 
 
 def _measure(
@@ -112,7 +128,6 @@ def _measure(
     *,
     processes: Accelerator | PartialState,
     dtype: torch.dtype,
-    prefix: str,
 ) -> dict[str, float]:
     mine, found = batches[processes.process_index :: processes.num_processes], {}
     for teacher in chosen:
@@ -124,11 +139,5 @@ def _measure(
             total, count = quantised.divergence(teacher.model, config.path, mine, dtype=dtype, device=processes.device)
         kl = agree_sum(processes, total) / max(agree_sum(processes, count), 1)
         log.info("teacher %s in %s differs from itself by %.4g nats per token", teacher.name, config.weights, kl)
-        if not kl <= config.max_kl:
-            other = "full" if config.weights is Storage.int8 else "int8 or full"
-            raise ValueError(
-                f"{prefix}{teacher.name}.weights={config.weights} moves its distributions by {kl:.4g} nats per token, "
-                f"more than {prefix}{teacher.name}.max_kl={config.max_kl}: choose {other}, or allow more"
-            )
-        found[f"teacher/kl_quantised_{teacher.name}"] = kl
+        found[_metric(teacher)] = kl
     return found

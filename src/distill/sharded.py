@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ class ShardedTeacher:
         embedding = model.model.embed_tokens
         if self.units[0].label == EMBEDDING:
             embedding.weight = nn.Parameter(self.units[0].views(self._buffers[0])[EMBEDDING], requires_grad=False)
-            embedding.register_forward_pre_hook(self._arrive)
+            embedding.register_forward_pre_hook(self._arrival())
         else:
             embedding.weight = model.lm_head.weight
         before = len(self.units) - len(model.model.layers)
@@ -214,8 +215,18 @@ class ShardedTeacher:
         below = f"{unit.label}."
         views = {name.removeprefix(below): view for name, view in unit.views(buffer).items()}
         slot.load_state_dict(views, strict=True, assign=True)
-        slot.register_forward_pre_hook(self._arrive)
+        slot.register_forward_pre_hook(self._arrival())
         return slot
+
+    def _arrival(self) -> Callable[..., None]:
+        """:meth:`_arrive` for a hook, which must not keep this teacher, and its buffers, alive."""
+        arrive = weakref.WeakMethod(self._arrive)
+
+        def hook(*_: Any) -> None:
+            if (found := arrive()) is not None:
+                found()
+
+        return hook
 
     def _start(self, index: int) -> None:
         """Begin to gather a unit. Whoever used its buffer before has been queued, and is waited for."""
@@ -234,7 +245,7 @@ class ShardedTeacher:
             self._work[index % 2].wait()
             self._work[index % 2] = None
 
-    def _arrive(self, *_: Any) -> None:
+    def _arrive(self) -> None:
         """Before a module computes: let the next one's weights be on their way, and wait for its own."""
         index = self._next
         self._next += 1
@@ -274,7 +285,10 @@ class ShardedTeacher:
         return works or workers.item() > 0
 
     def states(self, batch: Batch, mask: Tensor | None) -> TeacherStates:
-        """Last hidden states and head, without gradient; all processes of the group must call this together."""
+        """Last hidden states and head, without gradient.
+
+        All processes of the group call this together, or within :meth:`uneven`.
+        """
         if self._counts_turns:
             self._take_turn(works=True)
         return self._forward(batch, mask)

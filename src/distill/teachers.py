@@ -67,7 +67,7 @@ class PlacementConfig:
 
     @property
     def is_common(self) -> bool:
-        """Whether all processes must take part in loading it."""
+        """Whether all processes must come along when it is made ready: to spread it, or to measure what bits cost."""
         return self.placement is not Placement.resident or self.weights is not Storage.full
 
     def check(self, setting: str) -> None:

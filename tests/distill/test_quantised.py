@@ -117,6 +117,8 @@ def test_the_cost_of_quantisation_is_measured_once_in_a_run(
     assert 0 < first["teacher/kl_quantised_big"] < 0.1
     monkeypatch.setattr(placement.quantised, "divergence", None)
     assert compare(path, tmp_path / "run") == first
+    with pytest.raises(ValueError, match=r"teachers.big.weights=int8 moves .* more than teachers.big.max_kl=1e-09"):
+        compare(path, tmp_path / "run", max_kl=1e-9)
 
 
 def test_a_teacher_that_quantisation_has_harmed_is_not_used_in_silence(path: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def compare(folder: Path) -> dict[str, Any]:
 
 
 def uneven(folder: Path) -> dict[str, Any]:
-    """Rank 1 is stopped after one of its batches, rank 0 has five; then both may run something again."""
+    """Five batches on rank 0 against three; then three against one, after which rank 1 is stopped."""
     teacher = spread(folder)
     whole = ResidentTeacher.load("big", folder / "teacher", 1.0, **PLAIN)
     same, stopped = [], False
