@@ -279,3 +279,17 @@ def test_another_teacher_than_the_one_beside_it_is_refused(made: Path) -> None:
 def test_a_shard_is_published_whole(made: Path) -> None:
     for folder in (made / "shards").iterdir():
         assert checkpoints.check_manifest(folder, hashes=True) is None
+
+
+def test_a_process_waits_for_the_shards_of_others_and_hears_of_a_stop(tmp_path: Path) -> None:
+    """Whole ones are not waited for; one that is removed is, until the stop comes."""
+    out = tmp_path / "cache"
+    stored.make(out)
+    wanted = capture.shards({name: len(split) for name, split in stored.splits().items()}, 16)
+    with runs.start(tmp_path / "other", "cache", {}, runs.RunConfig()) as run:
+        capture.wait(wanted, run, out)
+        shutil.rmtree(out / "shards" / wanted[1].name)
+        (out / "control").mkdir(exist_ok=True)
+        (out / "control" / "stop").touch()
+        with pytest.raises(runs.Stopped, match="the shards that are whole stay"):
+            capture.wait(wanted, run, out)
