@@ -10,6 +10,7 @@ from _main import command, exit_with, store  # isort: skip
 
 import dataclasses
 import logging
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ def run(config: Cache) -> None:
     with owned(config) as whole:
         if agreed(state, whole.done):
             if config.verify:
-                verify(config, inputs, state)
+                verify(config, inputs, state, whole)
             return
         if main:
             capture.claim(config.out, identity or inputs.identity(config, state.device))
@@ -142,31 +143,33 @@ def finish(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) ->
         files = capture.finish(config.out, identity, inputs.shards)
         summary = cache.Cache(config.out).summary()
     if config.verify:
-        summary["distance"] = verify(config, inputs, state)
+        summary["distance"] = verify(config, inputs, state, run)
     if state.is_main_process:
         log.info("%s: %s", config.out, summary)
         run.log({f"cache/{name}": value for name, value in summary.items()}, step=len(inputs.shards))
         run.finish(files, parents={"teacher": identity.teacher, "data": identity.data}, summary=summary)
 
 
-def verify(config: Cache, inputs: Inputs, state: PartialState) -> float:
+def verify(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> float:
     """How far the stored targets are from those that the teacher gives now; every rank calls this, the main one asks.
 
     Raises:
         ValueError: further than is allowed, or teacher or data are not those of the cache.
     """
-    identity = inputs.identity(config, state.device) if state.is_main_process else None
-    if identity is not None:
+    if state.is_main_process:
         made = cache.Cache(config.out)
-        cache.check_same(f"out={config.out}", made.identity, identity)
+        cache.check_same(f"out={config.out}", made.identity, inputs.identity(config, state.device))
         made.check_content()
-    elif config.teacher.placement is not teachers.Placement.zero3:
-        return 0.0
-    with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
-        if identity is None:
-            return 0.0
-        batches = {"batches": config.verify, "batch_rows": config.batch_rows}
-        return capture.verify(made, worker, inputs.splits, **batches, allowed=config.max_distance)
+        with teacher_of(config, made.identity, state) as worker:
+            batches = {"batches": config.verify, "batch_rows": config.batch_rows}
+            return capture.verify(made, worker, inputs.splits, **batches, allowed=config.max_distance)
+    if config.teacher.placement is teachers.Placement.zero3:
+        with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state):
+            pass
+    # The launchers of other nodes would end the main process's soon after their own are done.
+    while (config.out / ".lock").exists() and not run.stop.is_set():
+        time.sleep(capture.WAIT_SECONDS)
+    return 0.0
 
 
 main = command("cache", Cache, run)
