@@ -108,11 +108,7 @@ def distill(config: Any, world: World, outlook: Outlook) -> None:
         for name, shape in shapes.items()
         if shape is not None and name != "student"
     ]
-    online = [
-        _ways.placed(teacher, config.teachers[teacher.name], world.processes)
-        for teacher in found
-        if not _ways.is_cached(config.teachers[teacher.name])
-    ]
+    online = [_ways.placed(teacher, config.teachers[teacher.name], world.processes) for teacher in found]
     outlook.ways = _ways.compare(
         training,
         found,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llamita import estimate
 from llamita.distill.cache_format import ENTRY_BYTES
-from llamita.distill.teachers import Placement, PlacementConfig, Storage, TeacherConfig
+from llamita.distill.teachers import Placement, PlacementConfig, Storage
 from llamita.estimate import Device, Teacher, Training
 
 LENGTH_BYTES = 1.0
@@ -25,11 +25,6 @@ INT8_BYTES = 1.0
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Four bits; a scale for every 64 values, in a byte, and a float32 for every 256 scales (Dettmers et al., 2023,
 arXiv:2305.14314, section 3)."""
-
-
-def is_cached(config: TeacherConfig) -> bool:
-    """Whether the teacher is read and not run."""
-    return config.cache is not None
 
 
 def placed(teacher: Teacher, config: PlacementConfig, processes: int) -> Teacher:

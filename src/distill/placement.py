@@ -98,12 +98,13 @@ def compare(
     known: dict[str, float] = {}
     if processes.is_main_process and file.is_file():
         known = {name: float(kl) for name, kl in runs.read_json(file).items()}
-    if not agree_sum(processes, bool(known)):
+    measured = not agree_sum(processes, bool(known))
+    if measured:
         known = _measure(chosen, configs, list(batches), processes=processes, dtype=dtype)
-        if processes.is_main_process:
-            runs.write_json(file, known)
     for teacher in chosen if known else ():
         _refuse_above(f"{prefix}{teacher.name}", configs[teacher.name], known[_metric(teacher)])
+    if measured and processes.is_main_process:
+        runs.write_json(file, known)
     return known
 
 

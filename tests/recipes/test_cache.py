@@ -215,6 +215,7 @@ def test_settings_without_meaning_are_refused(
         settings(recipe("cache"), tmp_path, tmp_path, tmp_path / "out", **change)
 
 
+@pytest.mark.slow
 def test_a_quantised_teacher_is_captured_and_says_what_that_changed(
     recipe: Callable[[str], ModuleType], made: Path, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +230,10 @@ def test_a_quantised_teacher_is_captured_and_says_what_that_changed(
     assert len(costs) == 1
     assert 0 < costs[0] < 0.1
     assert cache.Cache.open(out).identity.weights is Storage.int8
+    both = {"teacher.path": teacher, "data.path": data, "teacher.weights": "int8"}
+    process = on_two_processes(tmp_path / "both", **both)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert contents(tmp_path / "both") == contents(out)
     assert contents(out) != contents(made)
     with pytest.raises(ValueError, match=r"teacher.weights: 'int8' -> 'full'"):
         module.run(settings(module, teacher, data, out))
@@ -335,6 +340,28 @@ def test_two_processes_make_the_same_cache(made: Path, teacher: Path, data: Path
     process = on_two_processes(tmp_path / "run", **{"teacher.path": teacher, "data.path": data, "verify": 1})
     assert process.returncode == 0, process.stdout + process.stderr
     assert contents(tmp_path / "run") == contents(made)
+
+
+@pytest.mark.slow
+def test_a_process_without_work_stops_and_goes_on_with_the_one_that_has_some(
+    made: Path, teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shard 2 is the second one of worker 0, so that of its second process; the first has nothing to capture."""
+    out = shutil.copytree(made, tmp_path / "run")
+    for name in ("DONE.json", "cache.json", "index.bin"):
+        (out / name).unlink()
+    shutil.rmtree(out / "shards" / "train-00002")
+    given = {"teacher.path": teacher, "data.path": data, "worker": 0, "workers": 2}
+    (out / "control").mkdir(exist_ok=True)
+    (out / "control" / "stop-7-0").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    process = on_two_processes(out, **given)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["75\n", "75\n"], process.stderr
+    assert not (out / "shards" / "train-00002").exists()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    process = on_two_processes(out, **given)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert contents(out) == contents(made)
 
 
 @pytest.mark.slow
