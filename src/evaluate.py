@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamita import runs
+from llamita import faults, runs
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def row_sums(
     return RowSums(**sums)
 
 
+@faults.phase("measuring a model", memory="a smaller data.batch_rows")
 def measure(
     model: LlamaForCausalLM,
     batches: Iterable[Mapping[str, Tensor]],

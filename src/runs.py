@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -33,7 +34,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from llamita import locks
+from llamita import faults, locks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,10 +82,14 @@ class RunConfig:
     wandb: WandbMode = WandbMode.off
     project: str = "llamita"
     """The wandb project."""
+    hang_seconds: float = 1800.0
+    """A process that trains or captures and makes no progress for so long ends itself with its stacks; 0: never."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must be in 0..{2**32 - 1}, got {self.seed}")
+        if not 0 <= self.hang_seconds < math.inf:
+            raise ValueError(f"run.hang_seconds must be >= 0 and finite, got {self.hang_seconds}")
 
 
 def plain(value: Any) -> Any:
@@ -291,6 +296,7 @@ class Run:
         self.settings = dict(settings)
         self.config = config
         self.stop = StopSignal(path)
+        self.watchdog = faults.Watchdog(path, config.hang_seconds)
         self.identity: dict[str, Any] = {}
         self.done = False
         """Whether the directory already holds the finished result of these very settings."""
@@ -446,6 +452,7 @@ def start(
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, Stopped):
                 traceback.print_exc(file=handler.stream)  # the screen may show the message only
+                faults.record(path, error)
             raise
         finally:
             run._close_wandb()  # before a signal could end this process again
@@ -523,7 +530,7 @@ def _forget(path: Path) -> None:
 
     Otherwise the corrected command would be refused, because the directory belongs to other settings.
     """
-    written = {"config.yaml", "run.json", "logs", "wandb"}
+    written = {"config.yaml", "run.json", "logs", "wandb", faults.FILE}
     if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
         for name in written:
             shutil.rmtree(path / name, ignore_errors=True)
@@ -563,7 +570,7 @@ def _check_settings(run: Run, may_change: Collection[str]) -> None:
     if saved.get("recipe") != run.recipe:
         raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
     old, new = _flat(saved["settings"]), _flat(run.settings)
-    allowed = {"out", "run.wandb", "run.project", *may_change}
+    allowed = {"out", "run.wandb", "run.project", "run.hang_seconds", *may_change}
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -603,6 +610,7 @@ def _prepare_directory(run: Run, main: bool) -> None:
     write_atomically(run.path / "config.yaml", text)
     write_json(identity, run.identity)
     run.stop.forget_earlier()
+    faults.forget(run.path)
     _mend_metrics(run.path / "metrics.jsonl")
 
 

@@ -99,6 +99,11 @@ class Loader:
             raise ValueError(f"samples_consumed must be at least 0, got {state['samples_consumed']}")
         self.samples_consumed = int(state["samples_consumed"])
 
+    def row_ids(self, first: int, stop: int) -> list[int]:
+        """Rows of the split that samples ``first`` to ``stop`` of the order are."""
+        found: list[int] = order.rows(self.seed, len(self.split), first, stop).tolist()
+        return found
+
 
 class Sequential:
     """The rows of a split as they are stored, once; of the batches, rank ``r`` reads every ``world_size``-th.

@@ -93,6 +93,10 @@ class CachedSource:
         self._source.load_state_dict(state)
         self._state = self._source.state_dict()
 
+    def row_ids(self, first: int, stop: int) -> list[int]:
+        """The other source's."""
+        return self._source.row_ids(first, stop)
+
 
 def open_all(teachers: Mapping[str, TeacherConfig], loss: LossConfig, tokenizer: str) -> dict[str, Cache]:
     """The caches among the teachers, by the teacher's name; no content is read.

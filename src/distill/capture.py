@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, faults, runs
 from llamita.distill import cache_format, samplers
 from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Identity, Rows, check_same, distance
 from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
@@ -211,6 +211,9 @@ def missing(out: Path, wanted: list[Shard]) -> list[Shard]:
     return [shard for shard in wanted if checkpoints.check_manifest(out / SHARDS / shard.name) is not None]
 
 
+@faults.phase(
+    "capturing", memory="a smaller batch_rows or chunk_mebibytes, teacher.placement=zero3, teacher.weights=nf4"
+)
 def capture_all(
     teacher: Capture, wanted: Sequence[Shard], rows: Mapping[str, Rows], run: runs.Run, out: Path, *, batch_rows: int
 ) -> None:
@@ -221,11 +224,11 @@ def capture_all(
     """
     signals = (run.stop, runs.StopSignal(out))
     total = sum(-(-(shard.last - shard.first) // batch_rows) for shard in wanted)
-    with Progress("cache", total) as progress:
+    with run.watchdog, Progress("cache", total) as progress:
         for number, shard in enumerate(wanted, 1):
             begin = time.perf_counter()
             batches = progress.count(shard.batches(rows[shard.split], batch_rows), note=shard.name)
-            held = teacher.write(shard, _until_stopped(batches, signals, out), out)
+            held = teacher.write(shard, _until_stopped(batches, signals, run.watchdog, out), out)
             predicted, seconds = max(1, held["predicted"]), time.perf_counter() - begin
             speed = {"cache/tokens_per_s": held["tokens"] / seconds, "cache/tokens": held["tokens"]}
             size = {f"cache/{name}_per_token": held[name] / predicted for name in ("entries", "bytes")}
@@ -248,8 +251,11 @@ def wait(wanted: Sequence[Shard], run: runs.Run, out: Path) -> None:
         time.sleep(WAIT_SECONDS)
 
 
-def _until_stopped(batches: Iterator[Batch], signals: Sequence[runs.StopSignal], out: Path) -> Iterator[Batch]:
+def _until_stopped(
+    batches: Iterator[Batch], signals: Sequence[runs.StopSignal], watchdog: faults.Watchdog, out: Path
+) -> Iterator[Batch]:
     for batch in batches:
+        watchdog.beat()
         if any(signal.is_set() for signal in signals):
             raise runs.Stopped(f"stopped in {out}: the shards that are whole stay; start it again to go on")
         yield batch

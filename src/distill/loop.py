@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llamita import runs
+from llamita import faults, runs
 from llamita.distill import losses, optim, speed
 from llamita.distill.engines import Engine, MicroBatch
 from llamita.distill.launch import EngineConfig
@@ -27,8 +27,9 @@ from llamita.progress import Progress
 
 log = logging.getLogger(__name__)
 
-GIVE_UP_AFTER = 5
-"""Steps in a row without a finite gradient that end the run."""
+STEP_MEMORY = "a smaller micro_batch_rows, activation_checkpointing=true, deepspeed=zero2 or zero3, teachers.NAME.cache"
+ROWS_NAMED = 16
+"""Rows of a skipped step that are told by number."""
 
 
 @dataclass(kw_only=True)
@@ -44,12 +45,14 @@ class LoopConfig(EngineConfig):
     """0: only before the first and after the last step."""
     validation_rows: int = 64
     """Held-out rows that each validation measures; 0: no validation."""
+    max_skipped_in_a_row: int = 5
+    """Steps in a row without a finite gradient that end the run."""
     peak_tflops: float | None = None
     """Dense TFLOP/s of one device, of which MFU is told the share; unset: by the GPU's name, and no MFU on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "checkpoint_every", "log_every"):
+        for name in ("steps", "checkpoint_every", "log_every", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("keep_checkpoints", "validation_every", "validation_rows"):
@@ -65,6 +68,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "log_every",
     "validation_every",
+    "max_skipped_in_a_row",
     "peak_tflops",
     "activation_checkpointing",
     "compile",
@@ -91,6 +95,10 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; refuses one of other data."""
+        ...
+
+    def row_ids(self, first: int, stop: int) -> list[int]:
+        """Rows of the data that samples ``first`` to ``stop`` of the order are."""
         ...
 
 
@@ -166,7 +174,7 @@ class Trainer:
                 self.run.log(self.costs, step=0)
             self.validate()
         batches = iter(self.source)
-        with Progress(self.run.path.name, steps, completed=counters.step) as progress:
+        with self.run.watchdog, Progress(self.run.path.name, steps, completed=counters.step) as progress:
             while counters.step < steps:
                 stop = self.step_and_log(batches)
                 progress.update(counters.step, self._note())
@@ -183,7 +191,8 @@ class Trainer:
         started = time.perf_counter()
         micro_batches = next(batches)
         self._add("perf/data_s", time.perf_counter() - started)
-        stop = self.take_step(micro_batches)
+        with faults.phase(f"step {self.counters.step + 1}", memory=STEP_MEMORY):
+            stop = self.take_step(micro_batches)
         self._add("perf/step_s", time.perf_counter() - started)
         self._log_step()
         return stop
@@ -204,15 +213,19 @@ class Trainer:
         count = agree_sum(self.accelerator, sum(int(losses.supervised(b["labels"]).sum()) for b in micro_batches))
         batches = [{key: value.to(device, non_blocking=True) for key, value in b.items()} for b in micro_batches]
         measure = self._is_due(self.config.log_every)
-        total = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        sums_of_each: list[Tensor] = []
         for index, batch in enumerate(batches):
-            total += self.engine.accumulate(
-                self._prepare(batch),
-                # The one division: by the tokens of the whole step. Averaging over ranks divides by their number.
-                scale=world / max(count, 1),
-                last=index == len(batches) - 1,
-                measure=measure,
+            sums_of_each.append(
+                self.engine.accumulate(
+                    self._prepare(batch),
+                    # The one division: by the tokens of the whole step. Averaging over ranks divides by their number.
+                    scale=world / max(count, 1),
+                    last=index == len(batches) - 1,
+                    measure=measure,
+                )
             )
+            self.run.watchdog.beat()
+        total = torch.stack(sums_of_each).sum(0)
         rate = optim.learning_rate(counters.step, self.config.steps, self.optim)
         norm = self.engine.step(rate)
         seen = sum(batch["input_ids"].numel() for batch in batches)
@@ -226,7 +239,10 @@ class Trainer:
         self._add("tokens", seen_by_all)
         self._tally += speed.Tally(seen_by_all, context_of_all, count)
         self._add("steps", 1)
-        self._count_skipped(norm)
+        if math.isfinite(norm):
+            counters.skipped_in_a_row = 0
+        else:
+            self._skip(torch.stack([sums[0] for sums in sums_of_each]))
         averages = self._named([value / max(count, 1) for value in sums], "train/")
         self.last |= {name: value for name, value in averages.items() if measure or name.startswith("train/")}
         self.last |= {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped_steps": counters.skipped}
@@ -245,23 +261,43 @@ class Trainer:
         mask = mask_for(self.config.attention, batch["position_ids"])
         with self._teacher_time:
             states = [teacher.states(batch, mask) for teacher in self.teachers]
+        self.run.watchdog.beat()
         return MicroBatch(batch, mask, states)
 
-    def _count_skipped(self, norm: float) -> None:
+    def _skip(self, loss_of_each: Tensor) -> None:
+        """Count a step that every rank leaves out because the gradient of all together is not finite.
+
+        Raises:
+            ValueError: there were too many in a row.
+        """
         counters = self.counters
-        if math.isfinite(norm):
-            counters.skipped_in_a_row = 0
-            return
         counters.skipped += 1
         counters.skipped_in_a_row += 1
-        rows = self.source.state_dict().get("samples_consumed")
-        where = f"step {counters.step}, the {self.config.global_batch_rows} rows of the order that end with row {rows}"
-        log.warning("no finite gradient at %s: the step is skipped", where)
-        if counters.skipped_in_a_row >= min(GIVE_UP_AFTER, self.config.steps):
+        rows = self._rows_at_fault(loss_of_each)
+        log.warning("step %d is skipped: no finite gradient; %s", counters.step, rows)
+        if counters.skipped_in_a_row >= min(self.config.max_skipped_in_a_row, self.config.steps):
             raise ValueError(
-                f"{counters.skipped_in_a_row} steps in a row had no finite gradient, the last was {where}; look at "
-                "these rows and at the teachers' weights, or lower optim.learning_rate"
+                f"{counters.skipped_in_a_row} steps in a row had no finite gradient, the last was step "
+                f"{counters.step}; {rows}; look at them and at the teachers' weights, or lower optim.learning_rate"
             )
+
+    def _rows_at_fault(self, loss_of_each: Tensor) -> str:
+        """Which rows of this step had a loss that is not finite, over all ranks; every rank calls this."""
+        config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
+        flags = torch.zeros(world, len(loss_of_each), device=loss_of_each.device)
+        flags[rank] = (~torch.isfinite(loss_of_each)).to(flags.dtype)
+        flags = self.accelerator.reduce(flags, reduction="sum").flatten().tolist()
+        stop = self.source.state_dict()["samples_consumed"]
+        first = stop - config.global_batch_rows
+        each = config.global_batch_rows // len(flags)
+        bad = [place for place, flag in enumerate(flags) if flag]
+        samples = [range(first + place * each, first + (place + 1) * each) for place in bad]
+        ids = [row for part in samples for row in self.source.row_ids(part.start, part.stop)]
+        if not ids:
+            return f"every loss was finite, the gradient of samples {first} to {stop - 1} was not"
+        ranks = sorted({place // len(loss_of_each) for place in bad})
+        some = f"{', '.join(map(str, ids[:ROWS_NAMED]))}{', …' if len(ids) > ROWS_NAMED else ''}"
+        return f"the loss of rows {some} of the training data was not, on rank {', '.join(map(str, ranks))}"
 
     def _named(self, values: Sequence[float], prefix: str) -> dict[str, float]:
         """Averages per token by their published names: the loss's own below ``prefix``, the others below ``kd/``."""
@@ -304,7 +340,8 @@ class Trainer:
         """Measure the held-out sets and log the averages."""
         values: dict[str, float] = {}
         for name, batches in self.validation.sets.items():
-            values |= self._measure_set(name, batches)
+            with faults.phase(f"the validation after step {self.counters.step}", memory="a smaller micro_batch_rows"):
+                values |= self._measure_set(name, batches)
         self._teacher_time.take()  # none of the steps'
         if values:
             self.last |= values
@@ -346,7 +383,10 @@ class Trainer:
             "parents": dict(self.parents),
             "last": _finite(self.last),
         }
-        self.checkpoints.save(self.counters.step, state, self.engine.save, size=self.engine.checkpoint_bytes)
+        self.run.watchdog.beat()
+        with faults.phase(f"saving step {self.counters.step}", memory="deepspeed=zero2 or zero3"):
+            self.checkpoints.save(self.counters.step, state, self.engine.save, size=self.engine.checkpoint_bytes)
+        self.run.watchdog.beat()
         self._saved = self.counters.step
         self.run.log({"perf/save_s": time.perf_counter() - started}, step=self.counters.step)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from accelerate import Accelerator, PartialState
 
-from llamita import runs
+from llamita import faults, runs
 from llamita.distill import quantised
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.state import agree_sum
@@ -30,6 +30,9 @@ KL_ROWS = 8
 """Rows on which a quantised teacher is compared with itself in full: tens of thousands of tokens at 8,192 each."""
 
 
+@faults.phase(
+    "loading the teachers", memory="teachers.NAME.placement=zero3, teachers.NAME.weights=nf4, teachers.NAME.cache"
+)
 def load_all(
     teachers: Mapping[str, TeacherConfig], *, dtype: torch.dtype, device: torch.device, attention: Attention
 ) -> list[Teacher]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llamita import checkpoints
+from llamita import checkpoints, faults
 from llamita.distill import lora
 from llamita.distill.teachers import Attention
 from llamita.shapes import SIZES, LlamaShape, SizesConfig
@@ -119,6 +119,7 @@ def _from_shape(shape: ShapeConfig, vocab_size: int, tokenizer_path: Path) -> Ll
     )
 
 
+@faults.phase("loading the student", memory="deepspeed=zero2, zero3 or zero3_offload, more GPUs")
 def load(
     student: StudentConfig,
     config: LlamaConfig,

@@ -21,6 +21,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from llamita import faults
 from llamita.prune import depth, obs
 from llamita.prune.basis import widened
 from llamita.prune.further import Further
@@ -36,6 +37,7 @@ RIDGE = 1e-4
 """Damping of second-order scores, in means of the covariance's diagonal."""
 
 
+@faults.phase("scoring", memory="a smaller calibration.batch_rows or calibration.tokens")
 def measure(
     model: Model,
     batches: Iterable[Batch],

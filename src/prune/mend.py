@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, faults, runs
 from llamita.prune import halves, head
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.halves import ATTENTION, MLP, Fit
@@ -82,6 +82,7 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
+@faults.phase("mending", memory="a smaller calibration.batch_rows or calibration.tokens")
 def mend(
     pruned: Pruned,
     batches: Sequence[Batch],

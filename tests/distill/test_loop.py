@@ -299,8 +299,50 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path: 
 
 
 def test_a_run_without_finite_gradients_ends_naming_step_and_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"5 steps in a row .* step 5, the 8 rows of the order that end with row 40"):
-        toy.go(tmp_path / "run", teachers=[Broken(set(range(100)))], steps=20)
+    with pytest.raises(ValueError, match=r"3 steps in a row .* step 3; the loss of rows 16, 17, 18, 19, 20, 21"):
+        toy.go(tmp_path / "run", teachers=[Broken(set(range(100)))], steps=20, max_skipped_in_a_row=3)
+
+
+class Greedy(Broken):
+    """A teacher that finds no memory for the micro-batches named."""
+
+    def states(self, batch: Any, mask: Tensor | None) -> TeacherStates:
+        self.calls += 1
+        if self.calls in self.bad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.inner.states(batch, mask)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (3 + 3, r"out of memory in step 3 on rank 0 .* a smaller micro_batch_rows, activation_checkpointing=true"),
+        (3 + 3 + 1, r"out of memory in the validation after step 3 .* a smaller micro_batch_rows"),
+    ],
+    ids=["step", "validation"],
+)
+def test_f24_memory_that_runs_out_names_phase_and_setting_and_leaves_the_checkpoint(
+    tmp_path: Path, call: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):  # three held-out batches come before the first step
+        toy.go(tmp_path / "run", teachers=[Greedy({call})])
+    assert checkpoints.check_manifest(tmp_path / "run/checkpoints/step-2", hashes=True) is None
+
+
+def test_f24_memory_that_runs_out_in_a_save_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engines.Replicated.save
+
+    def short(self: engines.Replicated, folder: Path) -> list[str]:
+        if "step-4" in folder.name:
+            raise MemoryError
+        return real(self, folder)
+
+    monkeypatch.setattr(engines.Replicated, "save", short)
+    with pytest.raises(ValueError, match="out of memory in saving step 4"):
+        toy.go(tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["LATEST", "step-2"]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from llamita import checkpoints, runs
 HERE = Path(__file__).resolve().parent / "processes"
 TYPINGS = Path(__file__).resolve().parents[2] / "typings"
 BFLOAT16 = ("zero1_bfloat16", "zero3_bfloat16")
-NAN = ("zero1_bfloat16_nan", "zero2_nan", "zero3_nan")
+NAN = ("ddp_nan", "zero1_bfloat16_nan", "zero2_nan", "zero3_nan")
 SPREAD = ("zero0_spread", "zero1_spread", "zero2_spread", "zero3_spread")
 """Each kind of student beside a teacher in pieces."""
 EXACT = ("ddp", "ddp_micro", *SPREAD, "zero1", "zero2", "zero3")
 EXACT += ("zero2_offload", "zero3_offload", "zero2_resume", "zero3_resume")
 FROZEN = ("zero2_frozen", "zero3_frozen")
-PHASES = (*EXACT, *BFLOAT16, *NAN, *FROZEN)
+PHASES = (*NAN[:1], *EXACT, *BFLOAT16, *NAN[1:], *FROZEN)
+"""Those without DeepSpeed first: accelerate keeps it once it was there."""
 PARTS = ("other_part", "zero1_part", "zero2_part", "zero3_part", "zero1_bfloat16_part")
 PARTS += ("zero2_frozen_part", "zero3_frozen_part")
 """The first one is spread as stage 2, then by nothing, then as stage 3."""
@@ -111,12 +113,17 @@ def test_bfloat16_under_zero_stays_near(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", NAN)
-def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(phase: str, results: list[dict[str, Any]]) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_the_rows(
+    phase: str, results: list[dict[str, Any]], folder: Path
+) -> None:
     rows = [row for row in results[0][phase]["rows"] if "optim/lr" in row]
     assert [row["optim/skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert [row["step"] for row in rows if "train/loss" not in row] == [3]
     assert all(torch.isfinite(torch.tensor(result[phase]["weights"])).all() for result in results)
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    said = (folder / phase / "logs/rank-00000.log").read_text()
+    assert "step 3 is skipped: no finite gradient; the loss of rows 20, 21, 22, 23 of the training data" in said
+    assert "on rank 1" in said
 
 
 @pytest.mark.slow
@@ -224,6 +231,21 @@ def test_a_stop_on_one_rank_saves_on_both_and_one_process_goes_on(
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     final = torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
     torch.testing.assert_close(final, alone[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_f23_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    out, err = (process := launch(str(tmp_path), "hang")).communicate(timeout=300)
+    assert process.returncode != 0, out + err
+    assert time.monotonic() - begun < 120, "torchrun's own limit for a process that hears nothing is 30 s"
+    told = runs.read_json(tmp_path / "hang/ERROR.json")
+    assert (told["rank"], told["type"]) == (1, "TimeoutError")
+    assert "run.hang_seconds=4 ends it" in told["message"]
+    logs = [(tmp_path / f"hang/logs/rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert "made no progress" in logs[1]
+    assert "in states" in logs[1]
+    assert (tmp_path / "hang/checkpoints/LATEST").read_text() == "step-2\n"
 
 
 CRASHES = (

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ class Broken(ResidentTeacher):
         states = super().states(batch, mask)
         bad = RANK == 1 and self.source.consumed == 3 * self.source.batch
         return TeacherStates(states.hidden * float("nan"), states.head) if bad else states
+
+
+class Hanging(Broken):
+    """Never answers on rank 1 from the third step on."""
+
+    def states(self, batch: Batch, mask: torch.Tensor | None) -> TeacherStates:
+        if RANK == 1 and self.source.consumed == 3 * self.source.batch:
+            time.sleep(1000)
+        return ResidentTeacher.states(self, batch, mask)
 
 
 def zero(stage: int, **more: Any) -> DeepSpeedConfig:
@@ -207,7 +217,7 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
             )
         case "zero1_bfloat16":
             return curve(out, micro_batch_rows=4, precision=Precision.bfloat16, deepspeed=zero(1))
-        case "zero1_bfloat16_nan" | "zero2_nan" | "zero3_nan":
+        case "ddp_nan" | "zero1_bfloat16_nan" | "zero2_nan" | "zero3_nan":
             source = toy.Source(batch=8, micro=2, rank=RANK, world=WORLD)
             return curve(
                 out,
@@ -216,8 +226,11 @@ def phase(name: str, folder: Path) -> dict[str, Any]:
                 micro_batch_rows=2,
                 validation_every=0,
                 precision=Precision.bfloat16 if "bfloat16" in name else Precision.float32,
-                deepspeed=zero(int(name[4])),
+                deepspeed=zero(int(name[4])) if name != "ddp_nan" else None,
             )
+        case "hang":
+            source = toy.Source(batch=8, micro=2, rank=RANK, world=WORLD)
+            return curve(out, source=source, teachers=[Hanging(source)], micro_batch_rows=2, hang_seconds=4.0)
         case "zero2_resume" | "zero3_resume":
             arguments = {"micro_batch_rows": 2, "deepspeed": zero(int(name[4]))}
             with contextlib.suppress(runs.Stopped):

@@ -105,6 +105,9 @@ class Source:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.consumed = state["samples_consumed"]
 
+    def row_ids(self, first: int, stop: int) -> list[int]:
+        return [sample % self.count for sample in range(first, stop)]
+
 
 class Interrupted(Source):
     """Sends this process a stop signal during the step after ``after`` steps."""
@@ -188,9 +191,9 @@ def digest(engine: engines.Engine) -> str:
     return total.hexdigest()
 
 
-def go(out: Path, **arguments: Any) -> loop.Trainer:
+def go(out: Path, *, hang_seconds: float = 300.0, **arguments: Any) -> loop.Trainer:
     """Train in ``out`` and return the trainer; the run is left unfinished, as a crash after the last step would."""
-    with runs.start(out, "toy", {}, runs.RunConfig()) as run:
+    with runs.start(out, "toy", {}, runs.RunConfig(hang_seconds=hang_seconds)) as run:
         job = trainer(run, **arguments)
         job.train()
         return job

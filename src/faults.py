@@ -1,0 +1,215 @@
+"""Faults have names: the first error in one file, out of memory with a setting to change, hung processes that end."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from llamita import redaction
+
+FILE = "ERROR.json"
+EXIT_HUNG = 1
+"""A crash: the job may be started again while it makes progress."""
+GRACE_SECONDS = 5.0
+"""How long a process that hangs waits for others that hang to say how far they came."""
+LAST_RESORT_SECONDS = 60.0
+"""After the watchdog's own time: one that needs no interpreter, for a process that hangs inside a library."""
+
+_PHASE = "phase: "
+_HUNG = "hung-"
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory|not enough memory|CUDA out of memory|OutOfMemory")
+_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|NCCL|Timed out waiting|remote process (exited|has terminated)"
+    r"|DistBackendError|ProcessGroup|connectFullMesh",
+    re.IGNORECASE,
+)
+
+
+def rank() -> int:
+    """This process's number in its launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def phase(name: str, *, memory: str) -> Iterator[None]:
+    """What a run does; ``memory`` names the settings that lower what it needs.
+
+    Raises:
+        ValueError: there was not enough memory; with the phase and the settings.
+    """
+    try:
+        yield
+    except Exception as error:
+        if phase_of(error) is None:
+            error.add_note(_PHASE + name)
+        if not is_out_of_memory(error):
+            raise
+        told = ValueError(
+            f"out of memory in {name} on rank {rank()} of {socket.gethostname()}{_held()}; to need less: {memory}. "
+            "What was saved is whole: the same command with such a setting goes on where it may be changed, "
+            "and says so where it may not"
+        )
+        told.add_note(_PHASE + name)
+        raise told from error
+
+
+def phase_of(error: BaseException) -> str | None:
+    """The innermost phase that an error came in."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_PHASE)]
+    return notes[0].removeprefix(_PHASE) if notes else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(f"{type(error).__name__}: {error}"))
+
+
+def _held() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return f", where this process held {torch.cuda.max_memory_reserved() / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
+
+def launch_id() -> str:
+    """The same for all processes of one launch, and another one for the next."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run if run != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def record(folder: Path, error: BaseException, *, stack: str | None = None) -> None:
+    """Leave in ``ERROR.json`` what ended this process, unless another process of this launch has failed before it."""
+    message = redaction.redacted(str(error))
+    entry: dict[str, Any] = {
+        "rank": rank(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "launch": launch_id(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "phase": phase_of(error),
+        "type": type(error).__name__,
+        "message": message,
+        "traceback": redaction.redacted(stack or "".join(traceback.format_exception(error))).splitlines()[-60:],
+    }
+    if _PEER.search(f"{type(error).__name__}: {message}"):
+        entry["hint"] = (
+            "another process of the run was gone: of one that was killed (by the kernel for memory, say) nothing else "
+            "can be told here; look for the rank whose log ends without an error"
+        )
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        _create(folder / FILE, json.dumps(entry, indent=2) + "\n")
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a file that must not be there yet, so that nobody sees a part of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def forget(folder: Path) -> None:
+    """Remove what an earlier launch left in ``ERROR.json``; what a faster process of this one wrote stays."""
+    for hung in (folder / "control").glob(f"{_HUNG}*"):
+        hung.unlink(missing_ok=True)
+    file = folder / FILE
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or told.get("launch") != launch_id():
+        file.unlink(missing_ok=True)
+
+
+class Watchdog:
+    """Ends this process when :meth:`beat` was not called for ``seconds``, after writing down what every thread does.
+
+    A run of many processes otherwise waits for its one hung process until somebody looks. A thread watches; should
+    the process hang where no Python runs, a timer of the interpreter ends it ``LAST_RESORT_SECONDS`` later.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        """Nothing is watched before :meth:`__enter__`; never when ``seconds`` is 0."""
+        self.folder = folder
+        self.seconds = seconds
+        self._last = time.monotonic()
+        self._beats = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._log: Any = None
+
+    def __enter__(self) -> Self:
+        if self.seconds and self._thread is None:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+            self._log = (self.folder / "logs" / f"rank-{rank():05d}.log").open("a")
+            self._done.clear()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self.beat()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._done.set()
+            self._thread.join()
+            self._thread = None
+            faulthandler.cancel_dump_traceback_later()
+            self._log.close()
+
+    def beat(self) -> None:
+        """Say that the run goes on."""
+        self._beats += 1
+        self._last = time.monotonic()
+        if self._thread is not None:
+            faulthandler.dump_traceback_later(self.seconds + LAST_RESORT_SECONDS, exit=True, file=self._log)
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.seconds / 4)):
+            if (silent := time.monotonic() - self._last) > self.seconds:
+                self._end(silent)
+
+    def _end(self, silent: float) -> None:
+        text = f"rank {rank()} made no progress for {silent:.0f} s; run.hang_seconds={self.seconds:g} ends it"
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        for file in (self._log, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{text}; what each thread did:", file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        if self._is_furthest_behind():
+            record(self.folder, TimeoutError(text), stack=stack)
+        os._exit(EXIT_HUNG)
+
+    def _is_furthest_behind(self) -> bool:
+        """Whether, of all processes that hang now, this one has come least far: the others wait for it."""
+        folder = self.folder / "control"
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{_HUNG}{rank()}").write_text(str(self._beats))
+        time.sleep(GRACE_SECONDS)
+        others: list[tuple[int, int]] = []
+        for file in folder.glob(f"{_HUNG}*"):
+            with contextlib.suppress(OSError, ValueError):
+                others.append((int(file.read_text()), int(file.name.removeprefix(_HUNG))))
+        return min(others, default=(0, rank()))[1] == rank()
