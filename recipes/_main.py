@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -114,7 +115,7 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
     except runs.Crashed as crash:
         _say(f"error: {crash}")
         _leave(runs.EXIT_CRASH)
-    except (ValueError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
+    except (ValueError, HydraException, OmegaConfBaseException, yaml.YAMLError, FileNotFoundError) as error:
         if os.environ.get("LLAMITA_TRACEBACK"):
             raise
         _say(f"error: {_message(error)}")
