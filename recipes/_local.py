@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llamita import locks, runs
+from llamita import faults, locks, runs
 from llamita.progress import progress_bars
 
 POLL_SECONDS = 0.2
@@ -204,7 +204,8 @@ def _fail(job: Job, code: int, logs: Path) -> None:
         raise runs.Stopped(f"stopped in stage {job.name}, everything is saved: run the same command again to go on")
     tail = "\n".join("    " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
     how = "was killed, as by a system that has no memory left" if code == -signal.SIGKILL else f"ended with code {code}"
-    message = f"stage {job.name} {how}; the end of {log}:\n{tail}"
+    told = faults.first(job.out)
+    message = f"stage {job.name} {how}{f'; the first error, {told}' if told else ''}; the end of {log}:\n{tail}"
     raise ValueError(message) if code == runs.EXIT_USER else runs.Crashed(message)
 
 

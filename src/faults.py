@@ -127,6 +127,16 @@ def _create(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def first(folder: Path) -> str | None:
+    """The first error of the last start in a line, where it left one: a launcher of many processes tells its own."""
+    try:
+        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        phase = f" in {told['phase']}" if told["phase"] else ""
+        return f"rank {told['rank']} on {told['host']}{phase}: {told['type']}: {told['message']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def forget(folder: Path) -> None:
     """Remove what an earlier launch left in ``ERROR.json``; what a faster process of this one wrote stays."""
     for hung in (folder / "control").glob(f"{_HUNG}*"):

@@ -92,6 +92,17 @@ def test_memory_that_a_processor_really_lacks_is_known_for_what_it_is() -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
 
+def test_a_launcher_can_tell_the_first_error_in_a_line(tmp_path: Path) -> None:
+    assert faults.first(tmp_path) is None
+    error = RuntimeError("broken")
+    error.add_note("phase: step 3")
+    faults.record(tmp_path, error)
+    assert str(faults.first(tmp_path)).startswith("rank 0 on ")
+    assert str(faults.first(tmp_path)).endswith("in step 3: RuntimeError: broken")
+    (tmp_path / "ERROR.json").write_text("[]")
+    assert faults.first(tmp_path) is None
+
+
 def test_the_innermost_phase_is_told() -> None:
     with (
         pytest.raises(ValueError, match="out of memory in the inner") as told,
