@@ -230,9 +230,9 @@ def _remove(step: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, or the link that somebody put in its place; what cannot be deleted stays."""
-    if folder.is_symlink():
-        folder.unlink()
+    """Delete a folder, or the file or link that is in its place; what cannot be deleted stays."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -243,8 +243,9 @@ def _swept(folder: Path) -> int:
     Damaged checkpoints are put aside: of the right sizes, they would count as kept ones and push out good ones.
     """
     if folder.is_dir():
-        for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
-            _delete(leftover)
+        for pattern in (".tmp-*", ".trash-*", ".LATEST.*.tmp"):
+            for leftover in folder.glob(pattern):
+                _delete(leftover)
     good = newest_good(folder)
     for step in steps_in(folder) if good >= 0 else []:
         if step > good:

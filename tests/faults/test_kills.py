@@ -155,9 +155,7 @@ STOPS: dict[str, tuple[int, dict[int, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("kind", STOPS)
-def test_f04_a_signal_saves_one_step_on_all_ranks_and_loses_none(
-    kind: str, whole: Made, case: Made, note: Note
-) -> None:
+def test_f04_a_signal_saves_one_step_on_all_ranks(kind: str, whole: Made, case: Made, note: Note) -> None:
     """To one rank, to all, twice, and while it saves; that to the batch shell alone is tested with the batch script."""
     ranks, spies = STOPS[kind]
     run = case()

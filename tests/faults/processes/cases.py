@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections import Counter
@@ -98,7 +99,7 @@ class Case:
     def lost(self) -> list[int]:
         """Steps that each start after the first had to take again, one that was under way included."""
         taken = self.taken()
-        return [before[1] - after[0] for before, after in zip(taken, taken[1:], strict=False)]
+        return [before[1] - after[0] for before, after in itertools.pairwise(taken)]
 
     def samples(self) -> list[int]:
         """The rows that made the final weights, in order: of each start, the steps before the next one's first."""

@@ -140,6 +140,105 @@ def host(name: str) -> None:
     socket.gethostname = lambda: name
 
 
+class Disk:
+    """What a disk is sure to hold below a folder: of each file the content, and of each folder the names, when it was
+    last synced."""
+
+    def __init__(self, root: str, cuts: str) -> None:
+        self.root, self.cuts = root, cuts
+        self.content: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, tuple[int, bool]]] = {}
+        self.held: dict[int, int] = {}
+        self.made: dict[str, int] = {}
+        self.count = 0
+
+    def hold(self, path: str) -> int:
+        """The inode of a path; kept open, so that no other file gets its number."""
+        inode = os.stat(path).st_ino
+        if inode not in self.held:
+            self.held[inode] = os.open(path, os.O_RDONLY)
+        return inode
+
+    def synced(self, path: str) -> None:
+        """A file or a folder was forced to the disk."""
+        inode = self.hold(path)
+        if os.path.isdir(path):
+            entries = {name: os.path.join(path, name) for name in os.listdir(path)}
+            self.names[inode] = {n: (self.hold(full), os.path.isdir(full)) for n, full in entries.items()}
+        else:
+            with open(path, "rb") as file:
+                self.content[inode] = file.read()
+
+    def promised(self) -> int:
+        """The newest step whose folder's name is sure to be on the disk."""
+        root = os.path.join(self.root, "checkpoints")
+        names = self.names.get(os.stat(root).st_ino, {}) if os.path.isdir(root) else {}
+        return max((int(name[5:]) for name in names if name.startswith("step-")), default=0)
+
+    def cut(self) -> None:
+        """Make up the two disks that a power cut may leave now."""
+        if not os.path.isdir(self.root):
+            return
+        self.count += 1
+        for kind in ("synced", "names"):
+            target = os.path.join(self.cuts, f"{self.count}-{kind}")
+            os.mkdir(target)
+            if kind == "synced":
+                self.write_synced(os.stat(self.root).st_ino, target)
+            else:
+                self.write_names(self.root, target)
+            self.made[os.path.basename(target)] = self.promised()
+        with open(self.cuts + ".json", "w") as file:
+            json.dump(self.made, file)
+
+    def write_synced(self, inode: int, target: str) -> None:
+        """Only what was synced."""
+        for name, (child, is_folder) in self.names.get(inode, {}).items():
+            path = os.path.join(target, name)
+            if is_folder:
+                os.mkdir(path)
+                self.write_synced(child, path)
+            else:
+                with open(path, "wb") as file:
+                    file.write(self.content.get(child, b""))
+
+    def write_names(self, source: str, target: str) -> None:
+        """Every name that there is; of the content what was synced, and zeros for the rest."""
+        for entry in os.scandir(source):
+            path = os.path.join(target, entry.name)
+            if entry.is_dir():
+                os.mkdir(path)
+                self.write_names(entry.path, path)
+            else:
+                kept = self.content.get(entry.inode(), b"") if entry.inode() in self.held else b""
+                size = entry.stat().st_size
+                with open(path, "wb") as file:
+                    file.write(kept[:size] + bytes(max(0, size - len(kept))))
+
+
+def power_cuts(argument: list[str]) -> None:
+    """Before each rename and after each sync below a folder, keep the disks that a power cut may leave there."""
+    disk = Disk(*argument)
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def spied_fsync(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        fsync(handle)
+        if path.startswith(disk.root):
+            disk.synced(path)
+            disk.cut()
+
+    def spied_rename(source: Any, target: Any, **named: Any) -> None:
+        rename(source, target, **named)
+        disk.cut()
+
+    def spied_replace(source: Any, target: Any, **named: Any) -> None:
+        replace(source, target, **named)
+        disk.cut()
+
+    os.fsync, os.rename, os.replace = spied_fsync, spied_rename, spied_replace
+
+
 SPIES: dict[str, Callable[[Any], None]] = {
     "record_rows": record_rows,
     "signals_at": signals_at,
@@ -151,4 +250,5 @@ SPIES: dict[str, Callable[[Any], None]] = {
     "leave_seconds": leave_seconds,
     "clock": clock,
     "host": host,
+    "power_cuts": power_cuts,
 }
