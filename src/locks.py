@@ -62,7 +62,10 @@ class Lock:
         """Make the lock with its text at once: an empty one, of a full disk or a crash, would look like somebody's."""
         whole = self._file.with_name(f".lock-{secrets.token_hex(4)}.tmp")
         try:
-            whole.write_text(self._text)
+            with whole.open("w") as file:
+                file.write(self._text)
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.link(whole, self._file)
             except FileExistsError:

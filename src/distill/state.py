@@ -97,14 +97,15 @@ class Checkpoints:
         self._raise_together(error)
         if self._main:
             runs.crash_point("before_pointer")
-            self._tidy(final)
+            self._tidy(final, keep=self._keep)
         self._accelerator.wait_for_everyone()
 
-    def _tidy(self, final: Path) -> None:
-        """Point at what was published and remove what it supersedes; nothing depends on either."""
+    def _tidy(self, final: Path, *, keep: int | None) -> None:
+        """Point at what was published, and remove all but ``keep``; nothing depends on either."""
         try:
             runs.write_atomically(self.folder / "LATEST", f"{final.name}\n")
-            prune(self.folder, self._keep)
+            if keep is not None:
+                prune(self.folder, keep)
         except OSError as error:
             log.warning("%s is published, but its folder could not be tidied up: %s", final, error)
 
@@ -183,6 +184,8 @@ class Checkpoints:
         if step == -1:
             return None
         folder = self.folder / f"step-{step}"
+        if self._main:  # a crash may have come before it
+            self._tidy(folder, keep=None)
         rank_file = folder / f"random-{self._accelerator.process_index:05d}.json"
         if rank_file.is_file():
             set_random_state(runs.read_json(rank_file))

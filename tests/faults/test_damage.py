@@ -106,7 +106,7 @@ def test_f07_a_damaged_checkpoint_of_the_right_size_pushes_no_good_one_out(whole
     run = case()
     run.killed(crash_at="before_tmp:3")
     flip(run.folder / "step-6" / "weights.safetensors")
-    run.killed(crash_at="before_tmp:3", changes={"checkpoint_every": 2})
+    run.killed(crash_at="before_tmp:2", changes={"checkpoint_every": 4})
     assert run.good() == [4, 3]
     assert [p.name for p in run.folder.glob("damaged-*")] == ["damaged-step-6"]
     run.ends(0)
@@ -186,8 +186,8 @@ def test_f10_a_pointer_that_cannot_be_written_stops_nothing(whole: Made, case: M
 def test_f10_two_ranks_of_which_one_has_no_room_end_together(whole: Made, case: Made, note: Note) -> None:
     """Nobody waits for a rank that could not write."""
     run = case()
-    spy = {"refuse_at": ["llamita.checkpoints:sync_and_hash", 2, errno.ENOSPC]}
-    for rank in (0, 1):
+    for rank, number in ((0, 3), (1, 2)):  # of its second checkpoint; the main rank syncs the manifest's too
+        spy = {"refuse_at": ["llamita.checkpoints:sync_and_hash", number, errno.ENOSPC]}
         start = run.start(ranks=2, rank_spies={rank: spy})
         codes = start.wait(60)
         assert codes[rank] == 64, start.output()
@@ -229,7 +229,7 @@ def test_f10_a_disk_that_is_really_full_loses_nothing(disk: Path, whole: Made, c
     run.out = disk / "run"
     start = run.start()
     assert start.wait() == [64], start.output()
-    assert "No space left on device" in start.output().splitlines()[-1]
+    assert "no space left" in start.output().splitlines()[-1].lower()
     assert len(run.good()) >= 1
     assert list(run.folder.glob(".tmp-*")) == []
     lost = 2 - len(run.good())
@@ -250,7 +250,7 @@ def test_f11_a_file_system_that_fails_ends_the_run_loudly_on_every_rank(
     When it fails while checkpoints are looked at, none is passed over: whether they are good is not known.
     """
     shutil.rmtree(damaged.folder / "step-12")
-    start = damaged.start(spies={"refuse_at": [target, 1 if "publishing" in target else 12, code]})
+    start = damaged.start(spies={"refuse_at": [target, 1 if "publishing" in target else 2, code]})
     assert start.wait() == [ending], start.output()
     assert os.strerror(code) in start.output()
     assert "passed over" not in start.output()
@@ -357,7 +357,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "data.path": {"data.path": "elsewhere"},
     "teachers": {"teachers.big.path": "a/model"},
     "run.seed": {"run.seed": 7},
-    "loss.temperature": {"loss.temperature": 2.0},
+    "optim.warmup_steps": {"optim.warmup_steps": 3},
 }
 
 

@@ -111,6 +111,23 @@ def largest_file(argument: list[Any]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+def dies_in_file(argument: list[int]) -> None:
+    """Die when so many bytes of the ``number``-th safetensors file are written: ``[number, bytes]``."""
+    from llamita import checkpoints
+
+    number, size = argument
+    real, calls = checkpoints.save_file, [0]
+
+    def spied(tensors: Any, path: Any, **named: Any) -> None:
+        real(tensors, path, **named)
+        calls[0] += 1
+        if calls[0] == number:
+            os.truncate(path, size)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.save_file = spied
+
+
 def collective_timeout(seconds: float) -> None:
     """How long a collective waits for a rank that says nothing."""
     from llamita import runs
@@ -246,6 +263,7 @@ SPIES: dict[str, Callable[[Any], None]] = {
     "touch_at": touch_at,
     "refuse_at": refuse_at,
     "largest_file": largest_file,
+    "dies_in_file": dies_in_file,
     "collective_timeout": collective_timeout,
     "leave_seconds": leave_seconds,
     "clock": clock,
