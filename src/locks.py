@@ -71,10 +71,18 @@ class Lock:
             except FileExistsError:
                 raise
             except OSError:  # a file system without links
-                with self._file.open("x") as file:
-                    file.write(self._text)
+                self._make_in_place()
         finally:
             whole.unlink(missing_ok=True)
+
+    def _make_in_place(self) -> None:
+        with self._file.open("x") as file:
+            try:
+                file.write(self._text)
+                file.flush()
+            except OSError:
+                self._file.unlink()
+                raise
 
     def _take_over(self, owner: Mapping[str, Any]) -> None:
         """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
