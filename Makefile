@@ -5,7 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-extras lint format clean
+# Where the fault tests write what became of each fault, and from where their table is made.
+FAULT_REPORT ?= $(CURDIR)/.faults.jsonl
+# Tests at a time. Those of one file stay together, because they share what is slow to make.
+WORKERS ?= 2
+
+.PHONY: install demo test test-extras test-faults lint format clean
 
 install: $(INSTALLED)
 
@@ -21,7 +26,13 @@ demo: install
 	$(BIN)/python recipes/pipeline.py pipeline=demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist loadfile
+
+# Kills, full disks, damage, power cuts; prints a table. ONLY=long adds to the report what make test has left out.
+test-faults: install
+	$(if $(ONLY),,rm -f $(FAULT_REPORT))
+	FAULT_REPORT=$(FAULT_REPORT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(if $(ONLY),-m $(ONLY))
+	$(BIN)/python tests/faults/processes/table.py $(FAULT_REPORT)
 
 # What needs packages of a gigabyte: Triton's interpreter, and bitsandbytes. On a machine with a GPU: pytest -m gpu.
 test-extras: install

@@ -328,6 +328,7 @@ class ModelWriter:
         save_tensors(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
         self._shards.append({name: t.numel() * t.element_size() for name, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
+        runs.crash_point("after_model_shard")
 
     def publish(
         self,
@@ -362,8 +363,10 @@ class ModelWriter:
         for name in names:
             runs.fsync(self._folder / name)
         runs.crash_point("before_rename")
-        for name in names:
+        # Last what a reader looks for first: without it there is no model, whatever else is there.
+        for name in sorted(names, key=lambda name: name == "config.json"):
             (self._folder / name).replace(self.out / name)
+            runs.crash_point("mid_rename")
         runs.fsync(self.out)
         self._folder.rmdir()
         return names
@@ -435,6 +438,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_tensors(tensors, temporary, metadata)
         runs.fsync(temporary)
+        runs.crash_point("mid_write")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -477,10 +481,12 @@ def publishing(final: Path, known: Mapping[str, Mapping[str, Any]] | None = None
     what they say of their files stands in ``known`` when the block ends, see :func:`write_manifest`.
     """
     temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
+    runs.crash_point("before_tmp")
     temporary.mkdir(parents=True)
     runs.fsync(final.parent.parent)  # the parent's own name may be new
     try:
         yield temporary
+        runs.crash_point("after_shards")
         write_manifest(temporary, known)
         runs.crash_point("before_rename")
         os.rename(temporary, final)
@@ -522,17 +528,26 @@ def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None =
 
 
 def check_manifest(folder: Path, *, hashes: bool = False) -> str | None:
-    """Why ``folder`` is not whole, or ``None`` if it is: sizes always, content with ``hashes``."""
+    """Why ``folder`` is not whole, or ``None`` if it is: sizes always, content with ``hashes``.
+
+    Raises:
+        OSError: the file system does not answer; whether the folder is whole is not known.
+    """
     try:
-        files = runs.read_json(folder / "MANIFEST.json")["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = runs.read_mapping(folder / "MANIFEST.json")["files"]
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its MANIFEST.json cannot be read ({error})"
-    for name, entry in files.items():
+    if not entries:
+        return "its MANIFEST.json lists no files"
+    for name, size, digest in entries:
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its MANIFEST.json names a file outside: {name!r}"
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if hashes and runs.sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if hashes and runs.sha256(file) != digest:
             return f"{name} has another content than was written"
     return None

@@ -48,21 +48,41 @@ class Lock:
         self._text = json.dumps(self._mine())
         for _ in range(3):
             try:
-                handle = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                self._make()
             except FileExistsError:
                 if (owner := self.dead_owner()) is not None:
                     self._take_over(owner)
                 continue
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(self._text)
-            except OSError:
-                self._file.unlink()  # a full disk: an empty lock would look like somebody's
-                raise
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return
         raise Owned(f"out={self._file.parent} is being taken by another run; choose another out")
+
+    def _make(self) -> None:
+        """Make the lock with its text at once: an empty one, of a full disk or a crash, would look like somebody's."""
+        whole = self._file.with_name(f".lock-{secrets.token_hex(4)}.tmp")
+        try:
+            with whole.open("w") as file:
+                file.write(self._text)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(whole, self._file)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                self._make_in_place()
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def _make_in_place(self) -> None:
+        with self._file.open("x") as file:
+            try:
+                file.write(self._text)
+                file.flush()
+            except OSError:
+                self._file.unlink()
+                raise
 
     def _take_over(self, owner: Mapping[str, Any]) -> None:
         """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
@@ -153,9 +173,9 @@ def _owner_in(file: Path) -> dict[str, Any]:
     """Who a lock names; nobody where its writer died in the middle of it."""
     try:
         owner: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError:
+    except ValueError:  # no text, or no JSON: a power cut leaves anything
         return {}
-    return owner
+    return owner if isinstance(owner, dict) else {}
 
 
 def _process_space() -> str | None:

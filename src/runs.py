@@ -149,7 +149,11 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        crash_point("mid_write")
         temporary.replace(path)
+    except OSError as error:  # of a full disk, which names no file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -185,15 +189,44 @@ def read_done(path: Path) -> dict[str, Any]:
     return done
 
 
+CRASH_POINTS = {
+    "mid_write": "a small file is whole and synced under a temporary name, not yet under its own",
+    "before_tmp": "a folder is to be published: nothing is there",
+    "mid_checkpoint": "a rank has written weights, and no moments",
+    "after_shards": "every file of a folder is written; they are not synced, and there is no manifest",
+    "before_manifest": "the files are synced; there is no manifest",
+    "before_rename": "everything is synced under a temporary name",
+    "mid_rename": "some of the files of a model or of data have their names, others do not",
+    "after_rename": "the folder has its name",
+    "before_pointer": "a checkpoint is published; LATEST names the one before",
+    "during_purge": "a superseded checkpoint lost its name and is not deleted yet",
+    "before_done": "a result is published; there is no DONE.json",
+    "after_done": "DONE.json is there; what is to be tidied up is not",
+    "after_model_shard": "one file of a model is written",
+    "after_shard": "one file of packed data is written",
+    "mid_shard": "the entries of a cache's shard are written; its index is not",
+    "after_scores": "the scores of a model are saved; nothing is cut",
+    "after_choice": "the candidates of a search are chosen; none is measured",
+    "after_candidate": "one candidate of a search is measured",
+    "after_counts": "the tokens of a corpus are counted; no vocabulary is chosen",
+}
+"""Where a fault-injection test may let a process die, and what is on disk there."""
+
+
 def crash_point(name: str) -> None:
     """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
 
     Fault-injection tests set it; nothing else does.
+
+    Raises:
+        ValueError: it names a point that there is not.
     """
     wanted = os.environ.get("LLAMITA_CRASH_AT")
     if wanted is None:
         return
     target, _, rest = wanted.partition(":")
+    if target not in CRASH_POINTS:
+        raise ValueError(f"LLAMITA_CRASH_AT must name one of {', '.join(CRASH_POINTS)}, got {target!r}")
     occurrence, _, rank = rest.partition(":")
     if name != target or (rank and rank != os.environ.get("RANK", "0")):
         return
@@ -354,6 +387,8 @@ class Run:
         self._lock.check()
         for name in files:
             fsync(self.path / name)
+        if self._metrics.is_file():
+            fsync(self._metrics)
         fsync(self.path)
         done = {
             "recipe": self.recipe,
@@ -365,6 +400,7 @@ class Run:
         }
         crash_point("before_done")
         write_json(self.path / "DONE.json", done)
+        crash_point("after_done")
 
     def _open_wandb(self) -> None:
         if self.config.wandb is WandbMode.off or not is_main_process():
@@ -551,6 +587,8 @@ def _refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"out={path} is a file; it must be a directory")
     names = {entry.name for entry in path.iterdir()} - BATCH_FILES if path.is_dir() else set()
+    # What a start leaves that was killed while it took the lock over from another.
+    names = {name for name in names if not name.startswith(".lock-")}
     # A later rank may have made logs/ before rank 0 comes here.
     if names - {"logs"} and not names & {"config.yaml", ".lock"}:
         raise ValueError(f"out={path} holds files that no run wrote; choose an empty or new directory")

@@ -152,3 +152,28 @@ def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_links_can_be_locked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(locks.os, "link", refused)
+    lock = locks.Lock(tmp_path)
+    lock.acquire()
+    with pytest.raises(locks.Owned, match=f"process {os.getpid()}"):
+        locks.Lock(tmp_path).acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 80, b"\xff\xfe", b"[1]"])
+def test_whatever_a_power_cut_left_of_a_lock_is_taken_over_once_it_is_old(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with pytest.raises(locks.Owned):
+        locks.Lock(tmp_path).acquire()
+    old = time.time() - locks.STALE_SECONDS - 1
+    os.utime(tmp_path / ".lock", (old, old))
+    lock = locks.Lock(tmp_path)
+    lock.acquire()
+    lock.release()

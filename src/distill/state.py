@@ -86,7 +86,7 @@ class Checkpoints:
             OSError: on every rank, when any could not write; older checkpoints are as they were.
         """
         final = self.folder / f"step-{step}"
-        if agree_sum(self._accelerator, self._main and self._is_published(final)):
+        if self._main_finds(lambda: self._is_published(final)):
             return
         error: OSError | None = None
         try:
@@ -97,9 +97,17 @@ class Checkpoints:
         self._raise_together(error)
         if self._main:
             runs.crash_point("before_pointer")
-            runs.write_atomically(self.folder / "LATEST", f"{final.name}\n")
-            prune(self.folder, self._keep)
+            self._tidy(final, keep=self._keep)
         self._accelerator.wait_for_everyone()
+
+    def _tidy(self, final: Path, *, keep: int | None) -> None:
+        """Point at what was published, and remove all but ``keep``; nothing depends on either."""
+        try:
+            runs.write_atomically(self.folder / "LATEST", f"{final.name}\n")
+            if keep is not None:
+                prune(self.folder, keep)
+        except OSError as error:
+            log.warning("%s is published, but its folder could not be tidied up: %s", final, error)
 
     def _is_published(self, final: Path) -> bool:
         """Whether this very step is there already; a damaged one, which an earlier start passed over, makes room."""
@@ -120,6 +128,8 @@ class Checkpoints:
         if self._main:
             try:
                 temporary = stack.enter_context(checkpoints.publishing(final, of_all))
+                if (metrics := self.folder.parent / "metrics.jsonl").is_file():
+                    runs.fsync(metrics)  # after a power cut, steps before a checkpoint are never taken again
                 if shutil.disk_usage(temporary).free < size:
                     raise OSError(errno.ENOSPC, f"no space left for a checkpoint of {size} bytes", str(final))
                 token = int(temporary.name.rpartition("-")[2], 16)
@@ -145,19 +155,28 @@ class Checkpoints:
 
     def _raise_together(self, error: OSError | None) -> None:
         if not self._all_fine(error):
-            raise error or OSError(5, "another rank could not write its part of a checkpoint", str(self.folder))
+            text = "another rank could not read or write its part of a checkpoint"
+            raise error or OSError(errno.EIO, text, str(self.folder))
+
+    def _main_finds(self, look: Callable[[], float]) -> float:
+        """A number that the main process looks up. Its error is one of every rank: they would wait for it."""
+        number, error = 0.0, None
+        if self._main:
+            try:
+                number = look()
+            except OSError as failure:
+                error = failure
+        self._raise_together(error)
+        return agree_sum(self._accelerator, number)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose files are those of its manifest, and its state; ``None`` when there is none.
 
         Raises:
             ValueError: there are checkpoints, but no good one. A run never starts afresh in silence.
+            OSError: on every rank, when the file system does not answer.
         """
-        step = -1
-        if self._main:
-            _sweep(self.folder)
-            step = newest_good(self.folder)
-        step = int(agree_sum(self._accelerator, step if self._main else 0))
+        step = int(self._main_finds(lambda: _swept(self.folder)))
         if step == -2:
             raise ValueError(
                 f"{self.folder} holds checkpoints, but none is whole; remove that directory to start from the beginning"
@@ -165,6 +184,8 @@ class Checkpoints:
         if step == -1:
             return None
         folder = self.folder / f"step-{step}"
+        if self._main:  # a crash may have come before it
+            self._tidy(folder, keep=None)
         rank_file = folder / f"random-{self._accelerator.process_index:05d}.json"
         if rank_file.is_file():
             set_random_state(runs.read_json(rank_file))
@@ -193,10 +214,14 @@ def prune(folder: Path, keep: int) -> None:
     if not folder.is_dir():
         return
     for leftover in folder.glob(".trash-*"):  # a crash half way through this
-        shutil.rmtree(leftover, ignore_errors=True)
+        _delete(leftover)
     good = [step for step in steps_in(folder) if checkpoints.check_manifest(folder / f"step-{step}") is None]
     for step in good[keep:]:
         _remove(folder / f"step-{step}")
+    for aside in folder.glob("damaged-step-*"):
+        number = aside.name.removeprefix("damaged-step-")
+        if good and number.isdecimal() and int(number) <= good[0]:
+            _delete(aside)
 
 
 def _remove(step: Path) -> None:
@@ -204,11 +229,37 @@ def _remove(step: Path) -> None:
     trash = step.with_name(f".trash-{step.name}")
     step.rename(trash)
     runs.crash_point("during_purge")
-    shutil.rmtree(trash)
+    _delete(trash)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a crash left half written or half deleted."""
+def _delete(folder: Path) -> None:
+    """Delete a folder, or the file or link that is in its place; what cannot be deleted stays."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swept(folder: Path) -> int:
+    """As :func:`newest_good`, after removing what a crash left half written or half deleted.
+
+    Damaged checkpoints are put aside: of the right sizes, they would count as kept ones and push out good ones.
+    """
     if folder.is_dir():
-        for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in (".tmp-*", ".trash-*", ".LATEST.*.tmp"):
+            for leftover in folder.glob(pattern):
+                _delete(leftover)
+    good = newest_good(folder)
+    for step in steps_in(folder) if good >= 0 else []:
+        if step > good:
+            _put_aside(folder / f"step-{step}")
+    return good
+
+
+def _put_aside(step: Path) -> None:
+    aside = step.with_name(f"damaged-{step.name}")
+    try:
+        _delete(aside)
+        step.rename(aside)
+    except OSError as error:
+        log.warning("%s is damaged and stays where it is: %s", step, error)
