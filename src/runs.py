@@ -29,11 +29,10 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import yaml
 
-from llamita import locks
+from llamita import locks, sinks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,8 +80,12 @@ class RunConfig:
     wandb: WandbMode = WandbMode.off
     project: str = "llamita"
     """The wandb project."""
+    tensorboard: bool = False
+    """Event files in the run directory's ``tensorboard/`` too; needs the extra ``watch``."""
 
     def __post_init__(self) -> None:
+        if self.tensorboard:
+            sinks.check_tensorboard()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must be in 0..{2**32 - 1}, got {self.seed}")
 
@@ -296,7 +299,7 @@ class Run:
         """Whether the directory already holds the finished result of these very settings."""
         self._lock = locks.Lock(path)
         self._metrics = path / "metrics.jsonl"
-        self._wandb: Any = None
+        self._sinks = sinks.Sinks({})
 
     def log(self, metrics: Mapping[str, float | int | str], *, step: int = 0) -> None:
         """Append one line of metrics; on rank 0 only.
@@ -314,12 +317,7 @@ class Run:
                 file.write(line)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._metrics)) from error
-        if self._wandb is not None:
-            try:
-                self._wandb.log(dict(metrics), step=step)
-            except Exception as error:
-                log.warning("wandb failed and is left alone from here on; metrics.jsonl has everything: %s", error)
-                self._wandb = None
+        self._sinks.write(metrics, step=step, at=row["time"])
 
     def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
         """Give the items; for stages that are short enough to be done again.
@@ -360,48 +358,21 @@ class Run:
         crash_point("before_done")
         write_json(self.path / "DONE.json", done)
 
-    def _open_wandb(self) -> None:
-        if self.config.wandb is WandbMode.off or not is_main_process():
+    def _open_sinks(self) -> None:
+        if not is_main_process():
             return
-        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has(server)
-        told_not_to = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-        online = self.config.wandb is WandbMode.auto and has_key and not told_not_to
-        try:
-            import wandb
-
-            self._wandb = wandb.init(
+        wanted: dict[str, sinks.Sink] = {}
+        if self.config.wandb is not WandbMode.off:
+            wanted["wandb"] = sinks.Wandb(
+                self.path,
                 project=self.config.project,
-                id=self.identity["id"],
-                name=self.path.name,
-                dir=self.path,
-                config=self.settings,
-                resume="allow" if online else None,
-                mode="online" if online else "offline",
-                # The command line and the environment may hold secrets; the settings do not.
-                settings=wandb.Settings(
-                    silent=True, disable_git=True, save_code=False, console="off", x_disable_meta=True
-                ),
+                run_id=self.identity["id"],
+                settings={"recipe": self.recipe, **self.settings},
+                offline=self.config.wandb is WandbMode.offline,
             )
-        except Exception as error:
-            log.warning("wandb could not start; metrics.jsonl has everything: %s", error)
-
-    def _close_wandb(self) -> None:
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                log.warning("wandb could not finish; metrics.jsonl has everything: %s", error)
-            self._wandb = None
-
-
-def _netrc_has(host: str) -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        if self.config.tensorboard:
+            wanted["tensorboard"] = sinks.TensorBoard(self.path / sinks.TENSORBOARD)
+        self._sinks = sinks.Sinks(wanted)
 
 
 @contextmanager
@@ -440,7 +411,7 @@ def start(
         handler = _log_to_file(path)
         run.stop.install()
         seed_everything(config.seed)
-        run._open_wandb()
+        run._open_sinks()
         try:
             yield run
         except (Exception, KeyboardInterrupt) as error:
@@ -448,7 +419,7 @@ def start(
                 traceback.print_exc(file=handler.stream)  # the screen may show the message only
             raise
         finally:
-            run._close_wandb()  # before a signal could end this process again
+            run._sinks.close()  # before a signal could end this process again
             run.stop.restore()
             logging.getLogger().removeHandler(handler)
             handler.close()
@@ -523,7 +494,7 @@ def _forget(path: Path) -> None:
 
     Otherwise the corrected command would be refused, because the directory belongs to other settings.
     """
-    written = {"config.yaml", "run.json", "logs", "wandb"}
+    written = {"config.yaml", "run.json", "logs", "wandb", sinks.TENSORBOARD}
     if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
         for name in written:
             shutil.rmtree(path / name, ignore_errors=True)
@@ -563,7 +534,7 @@ def _check_settings(run: Run, may_change: Collection[str]) -> None:
     if saved.get("recipe") != run.recipe:
         raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
     old, new = _flat(saved["settings"]), _flat(run.settings)
-    allowed = {"out", "run.wandb", "run.project", *may_change}
+    allowed = {"out", "run.wandb", "run.project", "run.tensorboard", *may_change}
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
