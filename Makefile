@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-extras lint format clean
+RUNS ?= outputs
+
+.PHONY: install demo dashboard test test-extras lint format clean
 
 install: $(INSTALLED)
 
@@ -19,6 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python recipes/pipeline.py pipeline=demo
+
+# All runs below RUNS in the browser of this machine, live: make dashboard RUNS=/scratch/me [PORT=7861]
+dashboard: install
+	$(BIN)/python recipes/dashboard.py runs="$(RUNS)" $(if $(PORT),port=$(PORT))
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -614,15 +614,21 @@ def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
     earliest: dict[int, int] = {}
     for row in _all_rows(path / "metrics.jsonl"):
         earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
-    superseded_from: dict[int, float] = {}
-    first = float("inf")
-    for restart in sorted(earliest, reverse=True):
-        superseded_from[restart] = first
-        first = min(first, earliest[restart])
+    first = superseded_from(earliest)
     for row in _all_rows(path / "metrics.jsonl"):
         # A restart that began to write since the first pass supersedes what is read next time.
-        if row["step"] < superseded_from.get(row["restart"], float("inf")):
+        if row["step"] < first.get(row["restart"], float("inf")):
             yield row
+
+
+def superseded_from(earliest: Mapping[int, int]) -> dict[int, float]:
+    """The first step of each restart's rows that a later restart supersedes, by the earliest step of each."""
+    found: dict[int, float] = {}
+    first = float("inf")
+    for restart in sorted(earliest, reverse=True):
+        found[restart] = first
+        first = min(first, earliest[restart])
+    return found
 
 
 def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -630,8 +636,20 @@ def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-                yield {"step": row["step"], "restart": row["restart"], **row}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}, is not a row of metrics: {error!r}") from error
+            yield parse_row(line, f"{file}, line {number},")
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``.
+
+    Raises:
+        ValueError: it is damaged; the message begins with ``where``.
+    """
+    try:
+        row = json.loads(line)
+        step, restart = row["step"], row["restart"]
+        if not isinstance(step, int) or not isinstance(restart, int):
+            raise TypeError("step and restart must be whole numbers")
+        return {"step": step, "restart": restart, **row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not a row of metrics: {error!r}") from error
