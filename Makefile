@@ -10,7 +10,9 @@ FAULT_REPORT ?= $(CURDIR)/.faults.jsonl
 # Tests at a time. Those of one file stay together, because they share what is slow to make.
 WORKERS ?= 2
 
-.PHONY: install demo test test-extras test-faults lint format clean
+RUNS ?= outputs
+
+.PHONY: install demo dashboard test test-extras test-faults lint format clean
 
 install: $(INSTALLED)
 
@@ -19,11 +21,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	PYTHONWARNINGS=ignore DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[eval,dev]"
+	PYTHONWARNINGS=ignore DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[eval,watch,dev]"
 	touch $@
 
 demo: install
 	$(BIN)/python recipes/pipeline.py pipeline=demo
+
+# All runs below RUNS in the browser of this machine, live: make dashboard RUNS=/scratch/me [PORT=7861]
+dashboard: install
+	$(BIN)/python recipes/dashboard.py runs="$(RUNS)" $(if $(PORT),port=$(PORT))
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist loadfile

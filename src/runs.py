@@ -30,11 +30,10 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import yaml
 
-from llamita import faults, locks
+from llamita import faults, locks, sinks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,8 +83,12 @@ class RunConfig:
     """The wandb project."""
     hang_seconds: float = 1800.0
     """A process that trains or captures and makes no progress for so long ends itself with its stacks; 0: never."""
+    tensorboard: bool = False
+    """Event files in the run directory's ``tensorboard/`` too; needs the extra ``watch``."""
 
     def __post_init__(self) -> None:
+        if self.tensorboard:
+            sinks.check_tensorboard()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed must be in 0..{2**32 - 1}, got {self.seed}")
         if not 0 <= self.hang_seconds < math.inf:
@@ -335,7 +338,7 @@ class Run:
         """Whether the directory already holds the finished result of these very settings."""
         self._lock = locks.Lock(path)
         self._metrics = path / "metrics.jsonl"
-        self._wandb: Any = None
+        self._sinks = sinks.Sinks({})
 
     def log(self, metrics: Mapping[str, float | int | str], *, step: int = 0) -> None:
         """Append one line of metrics; on rank 0 only.
@@ -353,12 +356,7 @@ class Run:
                 file.write(line)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._metrics)) from error
-        if self._wandb is not None:
-            try:
-                self._wandb.log(dict(metrics), step=step)
-            except Exception as error:
-                log.warning("wandb failed and is left alone from here on; metrics.jsonl has everything: %s", error)
-                self._wandb = None
+        self._sinks.write(metrics, step=step, at=row["time"])
 
     def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
         """Give the items; for stages that are short enough to be done again.
@@ -402,48 +400,21 @@ class Run:
         write_json(self.path / "DONE.json", done)
         crash_point("after_done")
 
-    def _open_wandb(self) -> None:
-        if self.config.wandb is WandbMode.off or not is_main_process():
+    def _open_sinks(self) -> None:
+        if not is_main_process():
             return
-        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has(server)
-        told_not_to = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-        online = self.config.wandb is WandbMode.auto and has_key and not told_not_to
-        try:
-            import wandb
-
-            self._wandb = wandb.init(
+        wanted: dict[str, sinks.Sink] = {}
+        if self.config.wandb is not WandbMode.off:
+            wanted["wandb"] = sinks.Wandb(
+                self.path,
                 project=self.config.project,
-                id=self.identity["id"],
-                name=self.path.name,
-                dir=self.path,
-                config=self.settings,
-                resume="allow" if online else None,
-                mode="online" if online else "offline",
-                # The command line and the environment may hold secrets; the settings do not.
-                settings=wandb.Settings(
-                    silent=True, disable_git=True, save_code=False, console="off", x_disable_meta=True
-                ),
+                run_id=self.identity["id"],
+                settings={"recipe": self.recipe, **self.settings},
+                offline=self.config.wandb is WandbMode.offline,
             )
-        except Exception as error:
-            log.warning("wandb could not start; metrics.jsonl has everything: %s", error)
-
-    def _close_wandb(self) -> None:
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                log.warning("wandb could not finish; metrics.jsonl has everything: %s", error)
-            self._wandb = None
-
-
-def _netrc_has(host: str) -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        if self.config.tensorboard:
+            wanted["tensorboard"] = sinks.TensorBoard(self.path / sinks.TENSORBOARD)
+        self._sinks = sinks.Sinks(wanted)
 
 
 @contextmanager
@@ -482,7 +453,7 @@ def start(
         handler = _log_to_file(path)
         run.stop.install()
         seed_everything(config.seed)
-        run._open_wandb()
+        run._open_sinks()
         try:
             yield run
         except (Exception, KeyboardInterrupt) as error:
@@ -491,7 +462,7 @@ def start(
                 faults.record(path, error)
             raise
         finally:
-            run._close_wandb()  # before a signal could end this process again
+            run._sinks.close()  # before a signal could end this process again
             run.stop.restore()
             logging.getLogger().removeHandler(handler)
             handler.close()
@@ -566,7 +537,7 @@ def _forget(path: Path) -> None:
 
     Otherwise the corrected command would be refused, because the directory belongs to other settings.
     """
-    written = {"config.yaml", "run.json", "logs", "wandb", faults.FILE}
+    written = {"config.yaml", "run.json", "logs", "wandb", sinks.TENSORBOARD, faults.FILE}
     if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
         for name in written:
             shutil.rmtree(path / name, ignore_errors=True)
@@ -608,7 +579,7 @@ def _check_settings(run: Run, may_change: Collection[str]) -> None:
     if saved.get("recipe") != run.recipe:
         raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
     old, new = _flat(saved["settings"]), _flat(run.settings)
-    allowed = {"out", "run.wandb", "run.project", "run.hang_seconds", *may_change}
+    allowed = {"out", "run.wandb", "run.project", "run.tensorboard", "run.hang_seconds", *may_change}
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -689,15 +660,21 @@ def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
     earliest: dict[int, int] = {}
     for row in _all_rows(path / "metrics.jsonl"):
         earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
-    superseded_from: dict[int, float] = {}
-    first = float("inf")
-    for restart in sorted(earliest, reverse=True):
-        superseded_from[restart] = first
-        first = min(first, earliest[restart])
+    first = superseded_from(earliest)
     for row in _all_rows(path / "metrics.jsonl"):
         # A restart that began to write since the first pass supersedes what is read next time.
-        if row["step"] < superseded_from.get(row["restart"], float("inf")):
+        if row["step"] < first.get(row["restart"], float("inf")):
             yield row
+
+
+def superseded_from(earliest: Mapping[int, int]) -> dict[int, float]:
+    """The first step of each restart's rows that a later restart supersedes, by the earliest step of each."""
+    found: dict[int, float] = {}
+    first = float("inf")
+    for restart in sorted(earliest, reverse=True):
+        found[restart] = first
+        first = min(first, earliest[restart])
+    return found
 
 
 def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -705,8 +682,20 @@ def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-                yield {"step": row["step"], "restart": row["restart"], **row}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}, is not a row of metrics: {error!r}") from error
+            yield parse_row(line, f"{file}, line {number},")
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``.
+
+    Raises:
+        ValueError: it is damaged; the message begins with ``where``.
+    """
+    try:
+        row = json.loads(line)
+        step, restart = row["step"], row["restart"]
+        if not isinstance(step, int) or not isinstance(restart, int):
+            raise TypeError("step and restart must be whole numbers")
+        return {"step": step, "restart": restart, **row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not a row of metrics: {error!r}") from error

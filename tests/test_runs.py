@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -293,15 +295,31 @@ def test_a_failure_of_wandb_stops_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         assert runs.check_done(tmp_path / name)
 
 
-def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_environment_the_command_line_or_the_host_is_written_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In no file of the run stands the environment; in none of what wandb would upload, who, where and with what."""
     canary = "hf_canaryCANARYcanaryCANARYcanaryCANARY00"
     monkeypatch.setenv("HF_TOKEN", canary)
+    monkeypatch.setenv("LLAMITA_OTHER", "environment-canary")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    with runs.start(tmp_path / "out", "x", SETTINGS, RunConfig(wandb=runs.WandbMode.offline)) as run:
+    monkeypatch.setenv("USER", "user-canary")
+    monkeypatch.setattr(sys, "argv", ["recipes/program-canary.py", "out=command-line-canary"])
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-canary")
+    settings = {**SETTINGS, "data": {"path": "/data/path-canary"}, "steps": 12}
+    config = RunConfig(wandb=runs.WandbMode.offline, tensorboard=True)
+    with runs.start(tmp_path / "out", "x", settings, config) as run:
         run.log({"train/loss": 1.0}, step=1)
         run.finish([])
-    for file in (p for p in tmp_path.rglob("*") if p.is_file()):
-        assert canary.encode() not in file.read_bytes(), file
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    for file in files:
+        for word in (canary, "environment-canary", "command-line-canary"):
+            assert word.encode() not in file.read_bytes(), (word, file)
+    uploaded = [p for p in files if p.suffix == ".wandb" or p.parent.name == "files"]
+    assert any(b"train/loss" in p.read_bytes() for p in uploaded)
+    for file in uploaded:
+        for word in ("program-canary", "host-canary", "user-canary", "path-canary", str(tmp_path)):
+            assert word.encode() not in file.read_bytes(), (word, file)
 
 
 @pytest.mark.parametrize(("out", "project"), [("a b", "llamita"), ("run", "a/b")])
