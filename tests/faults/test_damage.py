@@ -157,14 +157,17 @@ WRITES = [
 ]
 
 
+QUOTA = [("llamita.checkpoints:save_tensors", 2), ("llamita.runs:write_atomically", 9), ("llamita.runs:Run.log", 5)]
+
+
 def test_f10_a_full_disk_at_any_write_ends_with_one_line_and_the_next_start_goes_on(
     whole: Made, case: Made, note: Note
 ) -> None:
     """Every write in turn is refused with the system's own error; what was published stays, and is gone on from."""
     run, reference = case(48), whole(48)
     refused = 0
-    for code in (errno.ENOSPC, errno.EDQUOT):
-        for target, number in WRITES[:: 1 if code == errno.ENOSPC else 4]:
+    for code, writes in ((errno.ENOSPC, WRITES), (errno.EDQUOT, QUOTA)):
+        for target, number in writes:
             before = run.good()
             start = run.start(spies={"refuse_at": [target, number, code]})
             assert start.wait() == [64], f"{target} {number}: {start.output()}"
