@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import starts
+import torch
 from cases import BATCH, STEP, Case, ids
 
 from llamita import runs
@@ -125,16 +126,13 @@ def test_f20_clocks_that_jump_and_other_hosts_change_nothing(whole: Made, case: 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_f28_a_run_in_bfloat16_on_a_gpu_that_is_stopped_three_times_stays_in_the_envelope(
     whole: Made, case: Made, note: Note
 ) -> None:
     """Before the first step after a restart everything is equal: its loss is the undisturbed run's to 1e-6; later
     losses stay within 2 %.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     fields = {"precision": "bfloat16"}
     run, reference = case(20, **fields), whole(20, **fields)
     for _ in range(3):

@@ -16,7 +16,7 @@ REPOSITORY = HERE.parents[1]
 DOCUMENT = REPOSITORY / "docs" / "faults.md"
 
 
-def tested() -> set[str]:
+def faults_with_tests() -> set[str]:
     """Faults that a test of this folder is named after."""
     texts = [path.read_text() for path in HERE.glob("test_*.py")]
     return {number.upper() for text in texts for number in re.findall(r"^def test_(f\d\d)_", text, re.MULTILINE)}
@@ -25,14 +25,14 @@ def tested() -> set[str]:
 def test_every_fault_has_a_test_here_or_a_place_elsewhere_in_the_documentation() -> None:
     text = DOCUMENT.read_text()
     rows = set(re.findall(r"^\| (F\d\d) \|", text, re.MULTILINE))
-    assert tested() == set(table.FAULTS)
+    assert faults_with_tests() == set(table.FAULTS)
     assert rows | {"F28"} == {f"F{number:02d}" for number in range(1, 29)}
     elsewhere = text.partition("## Where the other faults are tested")[2]
     for file in set(re.findall(r"`(tests/[\w/.]+)`", elsewhere)):
         assert (REPOSITORY / file).exists(), f"docs/faults.md names {file}"
     assert (
         set(re.findall(r"^\| (F\d\d) \|", elsewhere, re.MULTILINE))
-        == {f"F{number:02d}" for number in range(1, 29)} - tested()
+        == {f"F{number:02d}" for number in range(1, 29)} - faults_with_tests()
     )
 
 

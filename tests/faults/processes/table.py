@@ -1,4 +1,7 @@
-"""Prints the table of faults from what the tests wrote: ``python table.py report.jsonl``."""
+"""Prints the table of faults from what the tests wrote, and puts it between the marks of documents.
+
+python tests/faults/processes/table.py .faults.jsonl docs/faults.md
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,9 @@ FAULTS = {
     "F28": "bfloat16 on a GPU, restarted three times",
 }
 """Those with tests in this folder. What became of the others, and where they are tested, is in docs/faults.md."""
+
+
+BEGIN, END = "<!-- table of faults -->", "<!-- end of the table -->"
 
 
 def rows(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -71,7 +77,18 @@ def markdown(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def put_into(document: Path, text: str) -> None:
+    """Replace the table between the two marks of a document."""
+    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document} has no {BEGIN} with {END} behind it")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     found = rows(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
     print(markdown(found))
+    for document in sys.argv[2:]:
+        put_into(Path(document), markdown(found))
     sys.exit(0 if found and all(row["ok"] for row in found) else 1)
