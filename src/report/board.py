@@ -1,7 +1,7 @@
-"""Run directories as a live dashboard: their metrics are copied into trackio's store, on a disk of the viewer's machine.
+"""Run directories as a live dashboard: metrics are copied into trackio's store, on a disk of the viewer's machine.
 
-Nothing is written into a run directory, and nothing leaves the machine. ``metrics.jsonl`` stays the truth: the store can
-be thrown away at any time.
+Nothing is written into a run directory, and nothing leaves the machine. ``metrics.jsonl`` stays the truth: the store
+can be thrown away at any time.
 """
 
 from __future__ import annotations
