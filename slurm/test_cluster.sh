@@ -47,6 +47,7 @@ configure() {
     chmod 755 "$folder" "$folder/munge"
     dd if=/dev/urandom of="$folder/munge/key" bs=128 count=1 status=none
     chmod 400 "$folder/munge/key"
+    # A requeued job waits until its credential has expired, hence cred_expire, which is two minutes by default.
     # The nodes' memory and processors are invented (config_overrides): one stage on each node, whatever the machine has.
     cat > "$SLURM_CONF" << END
 ClusterName=llamita
@@ -54,7 +55,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=$port
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -71,7 +72,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0
 MpiDefault=none
 SwitchType=switch/none
 AccountingStorageType=accounting_storage/none
