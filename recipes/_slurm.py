@@ -178,6 +178,7 @@ class BatchStage:
             lines.append('    *) echo "there is no point $SLURM_ARRAY_TASK_ID" >&2; exit 64 ;;')
             lines.append("esac")
             lines.append("# A run of its own, not one of several workers that share a directory.")
+            lines.append('export LLAMITA_TASK="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"')
             lines.append("unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT")
             own = ['"${point[@]}"']
         else:
@@ -200,8 +201,12 @@ def quoted(word: str) -> str:
 
 
 def directive(option: str) -> str:
-    """An option as sbatch reads it from a script: a backslash keeps what would end it or begin a comment."""
-    return re.sub(r"([^\w./:=@%,+-])", r"\\\1", option)
+    """An option as sbatch reads it from a script, where a backslash keeps a quote but no space."""
+    name, is_given, value = option.partition("=")
+    if re.fullmatch(r"[\w./:@%,+=&-]*", value):
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{is_given}"{escaped}"'
 
 
 class Snapshot:

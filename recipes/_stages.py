@@ -145,7 +145,7 @@ def planned(config: Pipeline, record: Mapping[str, str]) -> tuple[dict[str, str]
                 raise ValueError(f"stages.{name}.sweep: {label} is the name of another stage too")
             overrides = [*stage.overrides, *words]
             prints[label] = fingerprint(stage.recipe, overrides, [prints[job.name] for job in parents])
-            root = config.out.absolute() if config.launcher.kind is Launcher.slurm else config.out
+            root = config.out.absolute() if config.launcher.kind == Launcher.slurm else config.out
             out = root / name / point
             finished = (out / "DONE.json").is_file()
             done = finished and record.get(label) == prints[label] and all(job.done for job in parents)

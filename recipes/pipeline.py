@@ -34,7 +34,7 @@ def run(config: Pipeline) -> None:
             other settings.
     """
     record_file = config.out / RECORD
-    if config.launcher.kind is Launcher.slurm and config.launcher.dry_run:
+    if config.launcher.kind == Launcher.slurm and config.launcher.dry_run:
         record = runs.read_mapping(record_file) if record_file.is_file() else {}
         submit_stages(config, planned(config, record)[1])
         with contextlib.suppress(OSError):
@@ -43,7 +43,7 @@ def run(config: Pipeline) -> None:
     with runs.owned(config.out, marker=RECORD):
         record = runs.read_mapping(record_file) if record_file.is_file() else {}
         prints, by_stage = planned(config, record)
-        if config.launcher.kind is Launcher.slurm:
+        if config.launcher.kind == Launcher.slurm:
             refuse_changed(by_stage, prints, record)
         runs.write_json(record_file, record)
         runs.write_atomically(config.out / SETTINGS, yaml.safe_dump(runs.plain(config), sort_keys=False))

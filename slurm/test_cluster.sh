@@ -6,7 +6,7 @@
 #     slurm/test_cluster.sh stop
 #
 # LLAMITA_CLUSTER names the folder (default /tmp/llamita-cluster). Nothing outside it is changed, and only what `start`
-# started is stopped.
+# started is stopped. Exit code 69: Slurm can neither be found nor installed here.
 set -euo pipefail
 
 folder=${LLAMITA_CLUSTER:-/tmp/llamita-cluster}
@@ -14,18 +14,22 @@ export PATH="$PATH:/usr/sbin:/sbin"
 export SLURM_CONF="$folder/slurm.conf"
 
 fail() { echo "test_cluster: $*" >&2; exit 1; }
+unavailable() { echo "test_cluster: $*" >&2; exit 69; }
 
 install_slurm() {
     command -v slurmctld > /dev/null && command -v slurmd > /dev/null && command -v munged > /dev/null && return
-    command -v apt-get > /dev/null || fail "there is no Slurm, and no apt-get that could install it"
+    command -v apt-get > /dev/null || unavailable "there is no Slurm, and no apt-get that could install it"
     echo "installing slurm-wlm and munge" >&2
     # Nothing of the distribution's own cluster may start by itself: policy-rc.d is how Debian is told.
     local policy=/usr/sbin/policy-rc.d made=no
     [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' > "$policy"; chmod 755 "$policy"; made=yes; }
     local code=0
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge; } >&2 || code=$?
+    {
+        apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge
+    } >&2 || code=$?
     [ "$made" = yes ] && rm -f "$policy"
-    [ "$code" -eq 0 ] || fail "apt-get could not install slurm-wlm and munge"
+    [ "$code" -eq 0 ] || unavailable "apt-get could not install slurm-wlm and munge"
 }
 
 # Four ports in a row that nobody here listens on, outside those that Linux gives away by itself.
@@ -48,7 +52,7 @@ configure() {
     dd if=/dev/urandom of="$folder/munge/key" bs=128 count=1 status=none
     chmod 400 "$folder/munge/key"
     # A requeued job waits until its credential has expired, hence cred_expire, which is two minutes by default.
-    # The nodes' memory and processors are invented (config_overrides): one stage on each node, whatever the machine has.
+    # The nodes' memory and processors are invented (config_overrides): a stage on each, whatever the machine has.
     cat > "$SLURM_CONF" << END
 ClusterName=llamita
 SlurmctldHost=$host(127.0.0.1)
@@ -85,7 +89,7 @@ MinJobAge=600
 InactiveLimit=0
 OverTimeLimit=0
 ReturnToService=2
-FirstJobId=101
+FirstJobId=$(((port - 17000) * 10 + 101))
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=4 RealMemory=16000 State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4 RealMemory=16000 State=UNKNOWN
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
@@ -98,7 +102,7 @@ ours() { grep -qs '^ClusterName=llamita$' "$SLURM_CONF"; }
 running() { [ -s "$1" ] && [ "$(cat "/proc/$(cat "$1")/comm" 2> /dev/null)" = "$2" ]; }
 
 start() {
-    [ "$(id -u)" -eq 0 ] || fail "only root can start a cluster that runs jobs"
+    [ "$(id -u)" -eq 0 ] || unavailable "only root can start a cluster that runs jobs"
     if ours; then
         running "$folder/slurmctld.pid" slurmctld && { echo "already running in $folder" >&2; usage; return; }
         stop
