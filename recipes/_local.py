@@ -56,6 +56,8 @@ class Job:
     after: list[str]
     processes: int
     done: bool
+    spares_others: bool = False
+    """Whether the stages beside it go on when it fails: a point of a sweep."""
 
 
 @dataclass
@@ -99,6 +101,7 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
     for name in sorted(done):
         print(f"  {name:<20} finished earlier", flush=True)
     running: list[_Running] = []
+    failed: list[tuple[Job, int]] = []
     with _Screen() as screen, _noting_signals() as asked:
         while waiting or running:
             if asked.is_set():
@@ -117,11 +120,26 @@ def run_jobs(jobs: list[Job], logs: Path, config: LocalConfig, finished: Callabl
                 if (code := item.code()) is not None:
                     running.remove(item)
                     screen.close(item, code)
-                    if code != runs.EXIT_DONE:
+                    if code == runs.EXIT_DONE:
+                        done.add(item.job.name)
+                        finished(item.job.name)
+                    elif item.job.spares_others and code != runs.EXIT_REQUEUE:
+                        failed.append((item.job, code))
+                        waiting = _without_children(waiting, item.job.name)
+                    else:
                         _stop(running, screen)
                         _fail(item.job, code, logs)
-                    done.add(item.job.name)
-                    finished(item.job.name)
+    if failed:
+        _fail(*failed[0], logs)
+
+
+def _without_children(jobs: list[Job], failed: str) -> list[Job]:
+    """The jobs, which are in order, that do not wait for a failed one, nor for one that does."""
+    lost = {failed}
+    for job in jobs:
+        if lost & set(job.after):
+            lost.add(job.name)
+    return [job for job in jobs if job.name not in lost]
 
 
 def _has_owner(out: Path) -> bool:

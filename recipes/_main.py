@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import os
 import re
+import socket
 import sys
 import typing
 from collections.abc import Callable
@@ -112,6 +113,11 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
     except runs.Stopped as stopped:
         _say(str(stopped))
         _leave(runs.EXIT_REQUEUE)
+    except runs.BadNode as bad:
+        _say(f"error: bad node: {bad}")
+        _tell(runs.EXIT_NODE, node=bad.here)
+        sys.stdout.flush()
+        os._exit(runs.EXIT_NODE)  # a device that hangs would keep the interpreter from ending
     except runs.Crashed as crash:
         _say(f"error: {crash}")
         _leave(runs.EXIT_CRASH)
@@ -142,11 +148,18 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _tell(code: int) -> None:
-    """Tell the batch script this rank's exit code: torchrun and accelerate turn every failure into 1."""
+def _tell(code: int, *, node: bool = False) -> None:
+    """Tell the batch script this rank's exit code: torchrun and accelerate turn every failure into 1.
+
+    With ``node`` also that this node should not be taken again, by the name that Slurm has for it.
+    """
     if folder := os.environ.get("LLAMITA_EXIT_DIR"):
         with contextlib.suppress(OSError):
             Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n")
+            if node:
+                Path(folder, f"node-{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}").write_text(
+                    f"{code}\n"
+                )
 
 
 def _message(error: BaseException) -> str:

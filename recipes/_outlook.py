@@ -69,17 +69,18 @@ def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outl
     order = _compose.load("pipeline").in_order(config.stages)
     world.made |= {normal(config.out / name): UNKNOWN for name in order}
     before: dict[str, frozenset[str]] = {}
-    on_slurm = config.launcher.kind == "slurm"
+    gpus = config.launcher.nodes * config.launcher.gpus_per_node if config.launcher.kind == "slurm" else 0
     for name in order:
         stage = config.stages[name]
         before[name] = frozenset(stage.after).union(*(before[parent] for parent in stage.after))
         world.waits_for = before[name]
-        world.stage_processes = (
-            config.launcher.nodes * max(1, config.launcher.gpus_per_node) if on_slurm else stage.processes
-        )
-        found, wrong = of(stage.recipe, [*stage.overrides, f"out={config.out / name}"], world, name)
-        outlooks += found
-        mistakes += [f"stage {name}: {mistake}" for mistake in wrong]
+        world.stage_processes = gpus or stage.processes
+        for point, words in stage.points().items():
+            label = f"{name}.{point}" if point else name
+            out = f"out={config.out / name / point}"
+            found, wrong = of(stage.recipe, [*stage.overrides, *words, out], world, label)
+            outlooks += found
+            mistakes += [f"stage {label}: {mistake}" for mistake in wrong]
     needed = sum(sum(outlook.disk.values()) for outlook in outlooks)
     mistakes += checks.space(config.out, needed, estimate.amount)
     return outlooks, mistakes

@@ -1,18 +1,26 @@
-"""Hand one stage to Slurm, to start when the stage before it is done."""
+"""Hand the stages of a pipeline to Slurm: a snapshot of the code, a batch script for each stage, and its submission."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
+import secrets
 import shlex
+import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from llamita import runs
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "slurm" / "run.sbatch"
+CODE = ("recipes", "src", "configs", "slurm", "typings", "pyproject.toml")
+"""What a job runs from: all of the repository that is code or settings."""
 
 DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
 """Recipes that run as one process per GPU; every other is one process on one node."""
@@ -20,6 +28,15 @@ DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}")
 JOB = re.compile(r"\d+")
+FOLDER = re.compile(r"[\w./+@ -]+")
+
+SUBMIT = """
+root=$1; shift
+[ -r "$root/slurm/site.sh" ] && . "$root/slurm/site.sh" >&2
+# sbatch lets these overrule its script, which says what the pipeline needs.
+unset SBATCH_JOB_NAME SBATCH_COMMENT SBATCH_OUTPUT SBATCH_ERROR SBATCH_OPEN_MODE SBATCH_ARRAY_INX SBATCH_NO_REQUEUE
+exec sbatch "$@"
+"""
 
 
 class Launcher(StrEnum):
@@ -42,92 +59,252 @@ class LauncherConfig:
     """GPUs of each node of a stage that trains; every other stage takes one where this is not 0."""
     time: str = "24:00:00"
     """Limit of one start, in Slurm's form days-hours:minutes:seconds. A stage that needs longer is started again."""
+    at_a_time: int = 0
+    """Points of a sweep, or workers, that run at the same time; 0: as many as Slurm has room for."""
     options: list[str] = field(default_factory=list)
-    """More options of sbatch, one argument each, such as --partition=gpu or --account=abc."""
+    """More options of sbatch, one argument each, such as --partition=gpu; they overrule slurm/site.sh."""
     dry_run: bool = False
-    """Print the commands and submit nothing."""
+    """Print the scripts and the commands, and submit nothing."""
 
     def __post_init__(self) -> None:
-        _check(self.nodes, self.gpus_per_node, self.time, self.options)
+        """Raise ``ValueError`` for what Slurm must not get."""
+        if self.nodes < 1:
+            raise ValueError(f"launcher.nodes must be at least 1, got {self.nodes}")
+        for name in ("gpus_per_node", "at_a_time"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"launcher.{name} must be at least 0, got {getattr(self, name)}")
+        if not TIME.fullmatch(self.time):
+            raise ValueError(f"launcher.time must be like 24:00:00 or 2-12:00:00, got {self.time!r}")
+        for option in self.options:
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", option) or option.startswith("--wrap"):
+                raise ValueError(
+                    f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}"
+                )
 
 
-def submit(
-    recipe: str,
-    overrides: Sequence[str],
-    *,
-    name: str,
-    out: Path,
-    after: Sequence[str] = (),
-    nodes: int = 1,
-    gpus_per_node: int = 0,
-    time: str = "24:00:00",
-    options: Sequence[str] = (),
-    dry_run: bool = False,
-) -> str:
-    """Submit ``recipes/<recipe>.py`` with ``overrides`` (``out=`` among them) and return the job's id.
+@dataclass(frozen=True, kw_only=True)
+class BatchStage:
+    """One stage as one job, or as an array of them."""
+
+    name: str
+    recipe: str
+    overrides: Sequence[str]
+    """``out`` apart."""
+    out: Path
+    """The run directory; of a sweep the folder of its points'."""
+    processes: int = 1
+    """Where there is no GPU: over all nodes."""
+    workers: int = 1
+    """Jobs that share the stage's directory."""
+    points: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Overrides of each point of a sweep, by its folder."""
+    left: Sequence[int] = (0,)
+    """Which points are not finished."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what Slurm, or the shell, must not get."""
+        if not (ROOT / "recipes" / f"{self.recipe}.py").is_file() or not re.fullmatch(r"[a-z][a-z_]*", self.recipe):
+            raise ValueError(f"recipe must be the name of a file in recipes/, got {self.recipe!r}")
+        for name in (self.name, *self.points):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"name of a job must be 1 to 64 characters of A-Z a-z 0-9 . _ -, got {name!r}")
+        if not FOLDER.fullmatch(str(self.out)):
+            raise ValueError(f"out must hold letters, digits, spaces and . _ - + @ / only, got {str(self.out)!r}")
+        if any("\0" in word for word in self._words()):
+            raise ValueError(f"stages.{self.name}: an override must hold no zero byte")
+
+    def _words(self) -> list[str]:
+        return [*self.overrides, *(word for words in self.points.values() for word in words)]
+
+    def nodes(self, launcher: LauncherConfig) -> int:
+        """How many the stage takes; its processes are the same on each."""
+        if self.recipe not in DISTRIBUTED:
+            return 1
+        if launcher.gpus_per_node:
+            return launcher.nodes
+        return max(n for n in range(1, launcher.nodes + 1) if self.processes % n == 0)
+
+    def array(self, launcher: LauncherConfig) -> str | None:
+        """Indices of the array's jobs, and how many run at a time."""
+        if not self.points and self.workers == 1:
+            return None
+        indices = ",".join(map(str, self.left)) if self.points else f"0-{self.workers - 1}"
+        return indices + (f"%{launcher.at_a_time}" if launcher.at_a_time else "")
+
+    def options(self, launcher: LauncherConfig) -> list[str]:
+        """What stands behind ``#SBATCH``."""
+        gpus = launcher.gpus_per_node if self.recipe in DISTRIBUTED else min(launcher.gpus_per_node, 1)
+        array = self.array(launcher)
+        return [
+            f"--job-name={self.name}",
+            f"--comment={self.out}",
+            f"--chdir={Path.cwd()}",
+            f"--output={self.out}/slurm/{'%x-%A_%a' if array else '%x-%j'}.out",
+            "--open-mode=append",
+            f"--nodes={self.nodes(launcher)}",
+            "--ntasks-per-node=1",
+            *([f"--gpus-per-node={gpus}"] if gpus else []),
+            "--exclusive",
+            "--mem=0",
+            "--wait-all-nodes=1",
+            f"--time={launcher.time}",
+            "--signal=B:USR1@300",
+            "--requeue",
+            *([f"--array={array}"] if array else []),
+            *launcher.options,
+        ]
+
+    def script(self, launcher: LauncherConfig, code: Path) -> str:
+        """The batch script, which runs the code in ``code``."""
+        lines = [
+            "#!/bin/bash",
+            f"# Stage {self.name}, written by recipes/pipeline.py. docs/slurm.md explains every line.",
+            *(f"#SBATCH {directive(option)}" for option in self.options(launcher)),
+            "",
+            f"export LLAMITA_ROOT={quoted(str(code))}",
+            f"export LLAMITA_PYTHON={quoted(sys.executable)}",
+        ]
+        if not launcher.gpus_per_node and self.recipe in DISTRIBUTED:
+            lines.append(f"export LLAMITA_PROCESSES_PER_NODE={self.processes // self.nodes(launcher)}")
+        if self.points:
+            lines.append('case "$SLURM_ARRAY_TASK_ID" in')
+            for index, (name, words) in enumerate(self.points.items()):
+                folder = self.out / name
+                lines.append(f"    {index})")
+                lines.append(f"        export LLAMITA_OUT={quoted(str(folder))}")
+                lines.append("        point=(")
+                lines += [f"            {quoted(word)}" for word in [*words, f"out={folder}"]]
+                lines.append("        ) ;;")
+            lines.append('    *) echo "there is no point $SLURM_ARRAY_TASK_ID" >&2; exit 64 ;;')
+            lines.append("esac")
+            lines.append("# A run of its own, not one of several workers that share a directory.")
+            lines.append('export LLAMITA_TASK="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"')
+            lines.append("unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT")
+            own = ['"${point[@]}"']
+        else:
+            lines.append(f"export LLAMITA_OUT={quoted(str(self.out))}")
+            own = [quoted(f"out={self.out}")]
+        call = ['exec bash "$LLAMITA_ROOT/slurm/run.sbatch" ' + self.recipe, *map(quoted, self.overrides), *own]
+        return "\n".join(lines) + "\n" + " \\\n    ".join(call) + "\n"
+
+
+def quoted(word: str) -> str:
+    """A word for bash, on one line whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(
+        {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}.get(c)
+        or (c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in c.encode()))
+        for c in word
+    )
+    return f"$'{escaped}'"
+
+
+def directive(option: str) -> str:
+    """An option as sbatch reads it from a script, where a backslash keeps a quote but no space."""
+    name, is_given, value = option.partition("=")
+    if re.fullmatch(r"[\w./:@%,+=&-]*", value):
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{is_given}"{escaped}"'
+
+
+class Snapshot:
+    """The code as it is now, in a folder of the pipeline that is named by its content.
+
+    A job that waits, or is started again, runs what was there when it was submitted, whatever is edited meanwhile.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """Where it lies; the same for the same code."""
+        digest = hashlib.sha256()
+        for file in _code():
+            content = os.readlink(file).encode() if file.is_symlink() else file.read_bytes()
+            digest.update(f"{file.relative_to(ROOT)}\0{len(content)}\0".encode() + content)
+        return self._out / f"code-{digest.hexdigest()[:12]}"
+
+    def write(self) -> None:
+        """Copy the code, unless it is there already."""
+        if self.path.is_dir():
+            return
+        temporary = self._out / f".code-{secrets.token_hex(4)}"
+        try:
+            for file in _code():
+                target = temporary / file.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target, follow_symlinks=False)
+                if not target.is_symlink():
+                    runs.fsync(target)
+            temporary.rename(self.path)
+            runs.fsync(self._out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _code() -> list[Path]:
+    """Files of the code in order; the link ``typings/llamita`` as it is."""
+    found = []
+    for name in CODE:
+        for folder, folders, files in os.walk(ROOT / name):
+            folders[:] = [each for each in folders if each != "__pycache__" and each[0] != "."]
+            links = [each for each in folders if Path(folder, each).is_symlink()]
+            found += [Path(folder, each) for each in [*files, *links] if each[0] != "."]
+        if (ROOT / name).is_file():
+            found.append(ROOT / name)
+    return sorted(found)
+
+
+def submit(stage: BatchStage, launcher: LauncherConfig, snapshot: Snapshot, *, after: Sequence[str] = ()) -> str:
+    """Write the stage's batch script, submit it and return the job's number.
 
     The job starts when the jobs ``after`` have ended with 0, and is cancelled when that cannot happen any more. A stage
-    that is already queued or running for the same ``out`` is not submitted a second time. With ``dry_run`` the command
-    is printed and the id is ``dry-run``'s own.
+    that is already queued or running in the same directory is not submitted a second time. A dry run prints what would
+    be written and called, and the number is none.
 
     Raises:
-        ValueError: a name or an option that Slurm must not get, or sbatch refused or is not here.
+        ValueError: sbatch refused, or is not here.
     """
-    if not (ROOT / "recipes" / f"{recipe}.py").is_file() or not recipe.isidentifier() or recipe.startswith("_"):
-        raise ValueError(f"recipe must be the name of a file in recipes/, got {recipe!r}")
-    if not NAME.fullmatch(name):
-        raise ValueError(f"name of a job must be 1 to 64 characters of A-Z a-z 0-9 . _ -, got {name!r}")
-    if wrong := [job for job in after if not JOB.fullmatch(job) and not dry_run]:
+    if wrong := [job for job in after if not JOB.fullmatch(job) and not launcher.dry_run]:
         raise ValueError(f"after must hold numbers of jobs, got {wrong}")
-    _check(nodes, gpus_per_node, time, options)
-    folder = out.absolute() / "slurm"
-    if "%" in str(folder) or "\n" in str(folder):
-        raise ValueError(f"out must hold no % and no line break, which mean something to Slurm, got {str(out)!r}")
-    if recipe not in DISTRIBUTED:
-        nodes, gpus_per_node = 1, min(gpus_per_node, 1)
-    command = [
-        "sbatch",
+    file = stage.out.parent / "slurm" / f"{stage.name}.sbatch"
+    arguments = [
         "--parsable",
-        f"--job-name={name}",
-        f"--comment={folder.parent}",
-        f"--output={folder}/%x-%j.out",
-        f"--nodes={nodes}",
-        f"--time={time}",
-        *([f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else []),
         *([f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
-        *options,
-        str(SCRIPT),
-        recipe,
-        *overrides,
+        *launcher.options,
+        str(file),
     ]
-    if dry_run:
-        print(shlex.join(command))
-        return f"dry-run-{name}"
-    if job := queued(name, folder.parent):
+    text = stage.script(launcher, snapshot.path)
+    if launcher.dry_run:
+        print(f"# {file}\n{text}\n{shlex.join(['sbatch', *arguments])}\n")
+        return f"<{stage.name}>"
+    if job := queued(stage.name, stage.out):
         return job
-    folder.mkdir(parents=True, exist_ok=True)  # Slurm drops the log, and says nothing, where its folder is missing
-    return _sbatch(command)
-
-
-def _check(nodes: int, gpus_per_node: int, time: str, options: Sequence[str]) -> None:
-    if nodes < 1:
-        raise ValueError(f"launcher.nodes must be at least 1, got {nodes}")
-    if gpus_per_node < 0:
-        raise ValueError(f"launcher.gpus_per_node must be at least 0, got {gpus_per_node}")
-    if not TIME.fullmatch(time):
-        raise ValueError(f"launcher.time must be like 24:00:00 or 2-12:00:00, got {time!r}")
-    for option in options:
-        if not option.startswith("--") or option.startswith("--wrap"):
-            raise ValueError(f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}")
+    (stage.out / "slurm").mkdir(parents=True, exist_ok=True)  # Slurm drops the log, in silence, without its folder
+    (stage.out / "control" / "stop").unlink(missing_ok=True)
+    file.parent.mkdir(exist_ok=True)
+    runs.write_atomically(file, text)
+    return _sbatch(snapshot.path, arguments)
 
 
 def queued(name: str, out: Path) -> str | None:
-    """The job of that name and directory that Slurm still has, if any: a second submission is a second owner."""
-    query = ["squeue", "--me", "--noheader", f"--name={name}", "--format=%i|%k"]
+    """The job of that name and directory that Slurm still has, if any: a second submission is a second owner.
+
+    Raises:
+        ValueError: Slurm does not say.
+    """
+    query = ["squeue", "--me", "--noheader", f"--name={name}", "--format=%F|%k"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except FileNotFoundError as error:
+        raise ValueError("launcher=slurm needs squeue and sbatch on this machine; there are none") from error
+    except subprocess.SubprocessError as error:
+        said = getattr(error, "stderr", None) or error
+        raise ValueError(f"squeue does not say whether stage {name} is in the queue: {said}") from error
     for line in answer.splitlines():
         job, _, comment = line.strip().partition("|")
         if comment == str(out) and JOB.fullmatch(job):
@@ -135,14 +312,12 @@ def queued(name: str, out: Path) -> str | None:
     return None
 
 
-def _sbatch(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=os.environ | {"LLAMITA_ROOT": str(ROOT)}
-        )
-    except FileNotFoundError as error:
-        raise ValueError("launcher=slurm needs sbatch on this machine; there is none") from error
+def _sbatch(code: Path, arguments: Sequence[str]) -> str:
+    command = ["bash", "-c", SUBMIT, "submit", str(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     job = done.stdout.strip().partition(";")[0]
+    if done.returncode == 127:
+        raise ValueError("launcher=slurm needs sbatch on this machine; there is none")
     if done.returncode or not JOB.fullmatch(job):
         raise ValueError(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
     return job

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from llamita import checkpoints
 from llamita.data import loader
 from llamita.data.shards import PackedData
-from llamita.distill import hidden, loop, speed, teachers
+from llamita.distill import hidden, loop, speed, state, teachers
 from llamita.evaluate import token_bytes
 from llamita.prune.plan import Plan
 
@@ -29,6 +29,20 @@ def meter(config: Any, llama: LlamaConfig, device: torch.device) -> speed.Meter:
         adapter_parameters=config.student.lora.num_parameters(shape),
         peak_tflops=config.peak_tflops or known,
     )
+
+
+def room(config: Any, llama: LlamaConfig) -> int:
+    """Bytes that the checkpoints still need of the disk: those that are kept and one being written.
+
+    Of those that are there, none is written again.
+    """
+    shape = checkpoints.shape_of(llama)
+    trained: int = config.student.lora.num_parameters(shape) or shape.num_parameters
+    wanted: int = max(state.FEWEST, config.keep_checkpoints) + 1
+    most: int = -(-config.steps // config.checkpoint_every)
+    there = len(state.steps_in(config.out / "checkpoints"))
+    left: int = max(1, min(wanted, most) - there)
+    return 3 * 4 * trained * left
 
 
 def _shape(path: Path) -> Any:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from omegaconf import MISSING
 
 from _recording import Inputs, costs, teacher_of
-from llamita import evaluate, runs
+from llamita import evaluate, preflight, runs
 from llamita.distill import cache, capture, launch, teachers
 from llamita.distill.cache import Identity
 from llamita.distill.state import agree_sum
@@ -74,6 +74,7 @@ def run(config: Cache) -> None:
         Inputs(config)
     state = evaluate.join_launch()
     inputs, main = Inputs(config), state.is_main_process
+    preflight.check(config.out, state.device, runs.plain(config))
     # Before anything is owned: of a large teacher this takes minutes.
     identity = inputs.identity(config, state.device) if main and not (config.out / "DONE.json").is_file() else None
     with owned(config) as whole:

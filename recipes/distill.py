@@ -17,7 +17,7 @@ from omegaconf import MISSING
 from transformers import LlamaConfig
 
 import _teaching
-from llamita import checkpoints, runs
+from llamita import checkpoints, preflight, runs
 from llamita.data import loader
 from llamita.data.shards import PackedData
 from llamita.distill import cached, engines, launch, loop, losses, optim, placement, quantised, state, student, teachers
@@ -122,6 +122,7 @@ def train(config: Distill, this: runs.Run) -> None:
     """The run itself: load, train, publish."""
     data, llama, caches = check(config)
     accelerator = launch.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
+    preflight.check(this.path, accelerator.device, this.settings, disk_bytes=_teaching.room(config, llama))
     main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
     parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
     if main:

@@ -8,84 +8,22 @@ from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
 
-import hashlib
-import json
-import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Mapping
 
-from omegaconf import MISSING
+import yaml
 
-import _local
-from _local import Job, LocalConfig, run_jobs
-from _slurm import Launcher, LauncherConfig, queued, submit
+import _local  # noqa: F401  (tests give it recipes of their own)
+from _local import Job, run_jobs
+from _slurm import BatchStage, Launcher, Snapshot, queued, submit
+from _stages import Pipeline, Stage, in_order, planned  # noqa: F401  (plan.py puts the stages in order too)
 from llamita import runs
 
-
-@dataclass(kw_only=True)
-class Stage:
-    """One recipe with its overrides; its ``out`` is the folder of the stage's name in the pipeline's ``out``."""
-
-    recipe: str = MISSING
-    overrides: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-    """Stages whose directories this one reads."""
-    processes: int = 1
-    """Processes on this machine, each with a GPU of its own where there are as many; Slurm decides by itself."""
-    show: bool = False
-    """Print what the stage printed when everything is done."""
-
-
-@dataclass(kw_only=True)
-class Pipeline:
-    """The stages and who runs them."""
-
-    stages: dict[str, Stage] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Paths that the overrides name as ``${inputs.NAME}``; an empty one must be set."""
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    local: LocalConfig = field(default_factory=LocalConfig)
-    out: Path = MISSING
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a stage that could never run."""
-        if missing := sorted(name for name, path in self.inputs.items() if not path):
-            raise ValueError(
-                f"inputs.{missing[0]}= is not set: this pipeline needs inputs.{', inputs.'.join(self.inputs)}"
-            )
-        if not self.stages:
-            raise ValueError("there are no stages: choose a pipeline of configs/pipeline, as in pipeline=demo")
-        for name, stage in self.stages.items():
-            if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-                raise ValueError(f"stages: a name has 1 to 64 letters, digits, '.', '_' or '-', got {name!r}")
-            if not (_local.RECIPES / f"{stage.recipe}.py").is_file():
-                raise ValueError(f"stages.{name}.recipe: there is no recipes/{stage.recipe}.py")
-            if unknown := set(stage.after) - set(self.stages):
-                raise ValueError(f"stages.{name}.after names {sorted(unknown)}, which are no stages")
-            if stage.processes < 1:
-                raise ValueError(f"stages.{name}.processes must be at least 1, got {stage.processes}")
-        in_order(self.stages)
+RECORD = "pipeline.json"
+SETTINGS = "pipeline.yaml"
 
 
 store("pipeline_schema", Pipeline)
-
-
-def in_order(stages: dict[str, Stage]) -> list[str]:
-    """Names so that every stage comes after those it reads; ``ValueError`` where they wait for each other."""
-    order: list[str] = []
-    while len(order) < len(stages):
-        ready = [name for name in stages if name not in order and set(stages[name].after) <= set(order)]
-        if not ready:
-            raise ValueError(f"stages {sorted(set(stages) - set(order))} wait for each other")
-        order.append(ready[0])
-    return order
-
-
-def fingerprint(stage: Stage, parents: list[str]) -> str:
-    """What a finished stage depends on: its recipe, its overrides, and what its parents depend on."""
-    text = json.dumps([stage.recipe, stage.overrides, parents])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(config: Pipeline) -> None:
@@ -95,12 +33,20 @@ def run(config: Pipeline) -> None:
         ValueError: the directory is not a pipeline's, another launcher is at work in it, or a finished stage is of
             other settings.
     """
-    record_file = config.out / "pipeline.json"
-    with runs.owned(config.out, marker=record_file.name):
-        record: dict[str, str] = runs.read_mapping(record_file) if record_file.is_file() else {}
-        prints, jobs = planned(config, record)
-        if not config.launcher.dry_run:
-            runs.write_json(record_file, record)
+    record_file = config.out / RECORD
+    if config.launcher.kind == Launcher.slurm and config.launcher.dry_run:
+        record = runs.read_mapping(record_file) if record_file.is_file() else {}
+        submit_stages(config, planned(config, record)[1])
+        with contextlib.suppress(OSError):
+            config.out.rmdir()  # Hydra made it
+        return
+    with runs.owned(config.out, marker=RECORD):
+        record = runs.read_mapping(record_file) if record_file.is_file() else {}
+        prints, by_stage = planned(config, record)
+        if config.launcher.kind == Launcher.slurm:
+            refuse_changed(by_stage, prints, record)
+        runs.write_json(record_file, record)
+        runs.write_atomically(config.out / SETTINGS, yaml.safe_dump(runs.plain(config), sort_keys=False))
 
         def note(name: str) -> None:
             record[name] = prints[name]
@@ -108,74 +54,62 @@ def run(config: Pipeline) -> None:
 
         match config.launcher.kind:
             case Launcher.local:
-                run_jobs(jobs, config.out / "logs", config.local, note)
+                run_jobs([job for jobs in by_stage.values() for job in jobs], config.out / "logs", config.local, note)
                 show(config)
             case Launcher.slurm:
-                changed = {name for name in record if record[name] != prints.get(name)}
-                submit_jobs(jobs, config.launcher, note, changed)
-
-
-def planned(config: Pipeline, record: dict[str, str]) -> tuple[dict[str, str], list[Job]]:
-    """What each stage depends on, and its job, in order; ``record`` tells what finished ones were made from."""
-    prints: dict[str, str] = {}
-    jobs: list[Job] = []
-    stale: list[Path] = []
-    for name in in_order(config.stages):
-        stage = config.stages[name]
-        prints[name] = fingerprint(stage, [prints[parent] for parent in stage.after])
-        out = config.out.absolute() / name if config.launcher.kind is Launcher.slurm else config.out / name
-        finished, parents = (out / "DONE.json").is_file(), {job.name for job in jobs if job.done}
-        done = finished and record.get(name) == prints[name] and parents >= set(stage.after)
-        if finished and name in record and not done:
-            stale.append(out)
-        jobs.append(Job(name, stage.recipe, [*stage.overrides, f"out={out}"], out, stage.after, stage.processes, done))
-    if stale:
-        raise ValueError(
-            f"these stages are finished, but with other settings or from inputs that are not there any more: remove "
-            f"{', '.join(map(str, stale))}, or choose another out"
-        )
-    return prints, jobs
+                submit_stages(config, by_stage, note)
 
 
 def show(config: Pipeline) -> None:
     """Print what the stages for people printed."""
     for name, stage in config.stages.items():
-        log = config.out / "logs" / f"{name}.log"
-        if stage.show and log.is_file():
-            print(log.read_text(encoding="utf-8", errors="replace"), end="")
+        for point in stage.points() if stage.show else ():
+            log = config.out / "logs" / f"{name}.{point}".strip(".")
+            if (file := log.with_name(f"{log.name}.log")).is_file():
+                print(file.read_text(encoding="utf-8", errors="replace"), end="")
 
 
-def submit_jobs(
-    jobs: list[Job], launcher: LauncherConfig, submitted: Callable[[str], None], changed: Collection[str] = ()
+def refuse_changed(by_stage: Mapping[str, list[Job]], prints: Mapping[str, str], record: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` where the queue still holds a stage with other settings than these."""
+    for name, jobs in by_stage.items():
+        changed = [job for job in jobs if not job.done and record.get(job.name) != prints[job.name]]
+        if changed and (number := queued(name, jobs[0].out.parent if jobs[0].spares_others else jobs[0].out)):
+            raise ValueError(f"stage {name} waits in the queue with other settings: scancel {number} first")
+
+
+def submit_stages(
+    config: Pipeline, by_stage: Mapping[str, list[Job]], note: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Hand every job that is not done to Slurm, each after those it reads.
+    """Hand every stage that is not done to Slurm, each after those it reads.
 
-    Raises:
-        ValueError: the queue still holds one of the stages ``changed``, with its earlier settings.
+    What a run is made from is noted before it is submitted: a launcher that dies in between submits nothing twice.
     """
-    for job in jobs:
-        if job.name in changed and not launcher.dry_run and (number := queued(job.name, job.out)):
-            raise ValueError(f"stage {job.name} waits in the queue with other settings: scancel {number} first")
+    snapshot = Snapshot(config.out.absolute())
+    if not config.launcher.dry_run:
+        snapshot.write()
     numbers: dict[str, str] = {}
-    for job in jobs:
-        if job.done:
-            print(f"  {job.name:<20} finished earlier", flush=True)
+    for name, jobs in by_stage.items():
+        if all(job.done for job in jobs):
+            print(f"  {name:<20} finished earlier", flush=True)
             continue
-        numbers[job.name] = submit(
-            job.recipe,
-            job.arguments,
-            name=job.name,
-            out=job.out,
-            after=[numbers[parent] for parent in job.after if parent in numbers],
-            nodes=launcher.nodes,
-            gpus_per_node=launcher.gpus_per_node,
-            time=launcher.time,
-            options=launcher.options,
-            dry_run=launcher.dry_run,
+        stage = config.stages[name]
+        batch = BatchStage(
+            name=name,
+            recipe=stage.recipe,
+            overrides=stage.overrides,
+            out=config.out.absolute() / name,
+            processes=stage.processes,
+            workers=stage.workers,
+            points=stage.points() if stage.sweep else {},
+            left=[index for index, job in enumerate(jobs) if not job.done],
         )
-        if not launcher.dry_run:
-            submitted(job.name)
-            print(f"  {job.name:<20} job {numbers[job.name]}", flush=True)
+        for job in jobs:
+            if not job.done:
+                note(job.name)
+        after = [numbers[parent] for parent in stage.after if parent in numbers]
+        numbers[name] = submit(batch, config.launcher, snapshot, after=after)
+        if not config.launcher.dry_run:
+            print(f"  {name:<20} job {numbers[name]}", flush=True)
 
 
 main = command("pipeline", Pipeline, run)

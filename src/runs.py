@@ -64,6 +64,15 @@ class Crashed(RuntimeError):  # noqa: N818
     """A process that this one started crashed, and its own words are in the message."""
 
 
+class BadNode(RuntimeError):  # noqa: N818
+    """A node failed the checks before the start (exit code 70): start again, without it where it is known."""
+
+    def __init__(self, message: str, *, here: bool) -> None:
+        super().__init__(message)
+        self.here = here
+        """Whether it is this process's node."""
+
+
 class WandbMode(StrEnum):
     """Where the metrics go besides ``metrics.jsonl``."""
 
@@ -294,10 +303,13 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def forget_earlier(self) -> None:
-        """Remove what stopped an earlier start; what was meant for this one stays."""
-        for file in self._control.glob("stop*"):
-            if file not in self._files[1:]:
-                file.unlink(missing_ok=True)
+        """Remove what stopped an earlier start; what was meant for this one, or for another job here, stays."""
+        job = os.environ.get("SLURM_JOB_ID")
+        stale = set(self._control.glob(f"stop-{job}-*" if job else "stop-*")) - set(self._files)
+        if int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) == 1:  # the others of an array may not have seen it
+            stale.add(self._control / "stop")
+        for file in stale:
+            file.unlink(missing_ok=True)
 
     def install(self) -> None:
         """Handle the stop signals; does nothing outside the main thread."""

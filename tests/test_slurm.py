@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -13,11 +12,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import yaml
 
 from llamita import runs
 
@@ -148,7 +144,7 @@ def test_a_signal_to_the_batch_shell_becomes_a_stop_file_and_the_run_saves(clust
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert cluster.requeued
-    assert (cluster.root / "work" / "control" / "stop-4711-0").exists()
+    assert not (cluster.root / "work" / "control" / "stop-4711-0").exists(), "it is of no use to any other start"
 
 
 def test_a_stop_file_of_an_earlier_start_does_not_stop_the_next(
@@ -307,6 +303,128 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+def test_a_node_that_was_left_out_once_stays_out(cluster: Cluster) -> None:
+    """An update of the list of nodes replaces it."""
+    cluster.recipe("prune", "Path(os.environ['LLAMITA_EXIT_DIR'], 'node-gpu' + sys.argv[1]).touch(); tell(70)")
+    for start in ("0", "1"):
+        code, output = cluster.run("prune", start, "out=work", SLURM_RESTART_COUNT=start)
+        assert code == 70, output
+    assert [call for call in cluster.calls("scontrol").splitlines() if "ExcNodeList" in call] == [
+        "update JobId=4711 ExcNodeList=gpu0",
+        "update JobId=4711 ExcNodeList=gpu0,gpu1",
+    ]
+
+
+def test_a_process_that_died_of_the_signal_of_a_preemption_is_no_crash(cluster: Cluster) -> None:
+    """Slurm sends TERM to all processes, those of a library that knows nothing of saving among them."""
+    cluster.recipe("prune", "(out / 'control' / 'up').touch()\nwhile not started.exists(): time.sleep(0.02)\ntell(1)")
+    process = cluster.start("prune", "out=work")
+    wait_for(cluster.root / "work" / "control" / "up")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert (process.returncode, cluster.requeued) == (75, True), output
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+def test_a_job_that_was_cancelled_does_not_start_itself_again(cluster: Cluster, state: str, requeued: bool) -> None:
+    stub = cluster.root / "stubs" / "squeue"
+    stub.write_text(f"#!/bin/bash\necho {state}\n")
+    stub.chmod(0o755)
+    cluster.recipe("prune", "save(); tell(75)")
+    code, output = cluster.run("prune", "out=work")
+    assert (code, cluster.requeued) == (75, requeued), output
+
+
+def test_one_job_of_an_array_asks_for_itself_and_not_for_all(cluster: Cluster) -> None:
+    cluster.recipe("prune", "save(); tell(75)")
+    for changes in ({**worker(1), "SLURM_ARRAY_JOB_ID": "4712"}, {"LLAMITA_TASK": "4712_1", "SLURM_JOB_ID": "4712"}):
+        (cluster.root / "stubs" / "scontrol.log").unlink(missing_ok=True)
+        code, output = cluster.run("prune", "out=work", **changes)
+        assert code == 75, output
+        assert cluster.calls("scontrol").splitlines()[-1] == "requeue 4712_1"
+
+
+def test_a_job_that_slurm_has_put_back_already_is_not_an_error(cluster: Cluster) -> None:
+    stub = cluster.root / "stubs" / "scontrol"
+    stub.write_text(
+        SCONTROL.replace("exit 0", "[ $1 = requeue ] && { echo Job is pending execution >&2; exit 1; }; exit 0")
+    )
+    cluster.recipe("prune", "save(); tell(75)")
+    code, output = cluster.run("prune", "out=work")
+    assert (code, "Slurm has put the job back" in output, "could not" in output) == (75, True, False)
+
+
+def test_a_node_whose_name_is_no_hosts_is_met_at_its_address(cluster: Cluster) -> None:
+    told = """#!/bin/bash
+[ "$2" = hostnames ] && echo no-such-host.invalid
+[ "$2" = node ] && echo "NodeName=$3 NodeAddr=$ADDRESS NodeHostName=x"
+exit 0
+"""
+    (cluster.root / "stubs" / "scontrol").write_text(told)
+    cluster.recipe("prune", "tell(0)")
+    code, output = cluster.run("prune", "out=work", ADDRESS="127.0.0.1")
+    assert (code, "head 127.0.0.1:" in output) == (0, True), output
+    code, output = cluster.run("prune", "out=work", ADDRESS="no-such-address.invalid")
+    assert (code, "has no address that this node can look up" in output) == (64, True), output
+
+
+def test_the_code_that_a_job_names_wins_over_what_is_installed(cluster: Cluster) -> None:
+    cluster.recipe("prune", "(out / 'seen').write_text(os.environ['PYTHONPATH']); tell(0)")
+    for extra, expected in (({}, ""), ({"PYTHONPATH": "/more"}, ":/more")):
+        code, output = cluster.run("prune", "out=work", **extra)
+        assert code == 0, output
+        assert (cluster.root / "work" / "seen").read_text() == f"{cluster.root}/typings{expected}"
+
+
+def test_a_pipeline_says_where_and_with_which_python_and_no_job_inside_inherits_it(cluster: Cluster) -> None:
+    cluster.recipe(
+        "prune",
+        "(out / 'seen').write_text(repr([k for k in os.environ if k in ('LLAMITA_OUT', 'LLAMITA_PYTHON')])); tell(0)",
+    )
+    where = cluster.root / "a folder"
+    code, output = cluster.run("prune", f"out={where}", LLAMITA_OUT=str(where), LLAMITA_PYTHON=sys.executable)
+    assert code == 0, output
+    assert (where / "seen").read_text() == "[]"
+
+
+def worker(number: int) -> dict[str, str]:
+    """What Slurm tells one job of an array of two."""
+    return {"SLURM_JOB_ID": str(4711 + number), "SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "2"}
+
+
+@pytest.mark.parametrize(("own", "requeued"), [(True, True), (False, False)])
+def test_what_the_others_of_an_array_publish_is_no_progress_of_a_worker_that_crashes(
+    cluster: Cluster, own: bool, requeued: bool
+) -> None:
+    body = f"""
+(out / "shards").mkdir()
+(out / "shards" / "train-00000").touch()
+mine = out / "workers" / "0000{int(not own)}-of-00002"
+mine.mkdir(parents=True)
+(mine / "metrics.jsonl").write_text('{{"cache/tokens_per_s": 1}}')
+raise RuntimeError"""
+    cluster.recipe("prune", body)
+    code, output = cluster.run("prune", "out=work", **worker(0))
+    assert (code, "requeue 4711_0" in cluster.calls("scontrol")) == (1, requeued), output
+
+
+def test_jobs_of_an_array_in_one_directory_stop_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+) -> None:
+    """One that starts does not take away what another one was told, or all of them by hand."""
+    control = tmp_path / "run" / "control"
+    control.mkdir(parents=True)
+    for name in ("stop", "stop-4711-0"):
+        (control / name).touch()
+    for key, value in worker(1).items():
+        monkeypatch.setenv(key, value)
+    with runs.start(tmp_path / "run", "cache", {}, runs.RunConfig()) as run:
+        assert run.stop.is_set()
+        (control / "stop").unlink()
+        assert not run.stop.is_set()
+    assert (control / "stop-4711-0").exists()
+
+
 def test_the_real_exit_code_survives_torchrun(cluster: Cluster) -> None:
     """torchrun ends with 1 whatever its workers ended with; ``_main`` leaves the code in a file."""
     shutil.copy(REPOSITORY / "recipes" / "_main.py", cluster.root / "recipes" / "_main.py")
@@ -330,58 +448,6 @@ exit_with(main)
     assert f"--rdzv-endpoint=localhost:{20000 + job % 30000}" in cluster.calls("srun")
 
 
-SBATCH = """#!/bin/bash
-printf '%s\\0' "$@" > "$STUBS/sbatch.args"
-echo "$LLAMITA_ROOT" > "$STUBS/root"
-[ -e "$STUBS/refuse" ] && { echo "sbatch: error: invalid partition" >&2; exit 1; }
-echo "815;cluster"
-"""
-
-
-@pytest.fixture
-def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """Submission with a stand-in for sbatch."""
-    stub = cluster.root / "stubs" / "sbatch"
-    stub.write_text(SBATCH)
-    stub.chmod(0o755)
-    monkeypatch.setenv("STUBS", str(stub.parent))
-    monkeypatch.setenv("PATH", f"{stub.parent}:/usr/bin:/bin")
-    return cluster
-
-
-@pytest.fixture
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_slurm", REPOSITORY / "recipes" / "_slurm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_slurm"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def test_a_stage_waits_for_the_one_before_and_dies_with_it(
-    slurm: Cluster, module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DISTRIBUTED", frozenset({"_any"}))
-    (slurm.root / "sub").mkdir()
-    out = slurm.root / "sub" / "student"
-    recipe = next(p.stem for p in sorted((REPOSITORY / "recipes").glob("[a-z]*.py")))
-    overrides = [f"out={out}", "note=$(rm -rf /) ; 'x'"]
-    job = module.submit(
-        recipe, overrides, name="student", out=out, after=["814"], nodes=4, gpus_per_node=8, time="1:00"
-    )
-    arguments = (slurm.root / "stubs" / "sbatch.args").read_text().split("\0")[:-1]
-    assert job == "815"
-    assert {"--dependency=afterok:814", "--kill-on-invalid-dep=yes", "--parsable", "--time=1:00"} <= set(arguments)
-    assert arguments[-3:] == [recipe, *overrides]
-    assert arguments[-4] == str(SCRIPT)
-    assert f"--output={out}/slurm/%x-%j.out" in arguments
-    assert (out / "slurm").is_dir(), "Slurm drops the log where its folder is missing"
-    assert {"--nodes=1", "--gpus-per-node=1"} <= set(arguments), "one process needs one node and one GPU"
-    assert Path((slurm.root / "stubs" / "root").read_text().strip()) == REPOSITORY
-
-
 def test_the_code_of_a_first_start_that_failed_early_reaches_the_batch_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,74 +459,3 @@ def test_the_code_of_a_first_start_that_failed_early_reaches_the_batch_script(
         raise ValueError("no good")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["control", "slurm"]
     assert endings.is_dir()
-
-
-def test_the_script_and_the_submitter_agree_on_who_runs_on_many_nodes(module: ModuleType) -> None:
-    line = next(line for line in SCRIPT.read_text().splitlines() if line.strip().startswith("distill |"))
-    assert {name.strip(" )") for name in line.split("|")} == module.DISTRIBUTED
-
-
-def test_a_stage_in_the_queue_is_not_submitted_again(slurm: Cluster, module: ModuleType) -> None:
-    squeue = slurm.root / "stubs" / "squeue"
-    squeue.write_text(f"#!/bin/bash\necho '77|/elsewhere'\necho '78|{slurm.root}/work'\n")
-    squeue.chmod(0o755)
-    recipe = next(p.stem for p in sorted((REPOSITORY / "recipes").glob("[a-z]*.py")))
-    assert module.submit(recipe, [], name="work", out=slurm.root / "work") == "78"
-    assert not (slurm.root / "stubs" / "sbatch.args").exists()
-
-
-def test_a_dry_run_prints_and_submits_nothing(
-    slurm: Cluster, module: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = next(p.stem for p in sorted((REPOSITORY / "recipes").glob("[a-z]*.py")))
-    out = slurm.root / "work"
-    first = module.submit(recipe, ["a=b c"], name="one", out=out, dry_run=True)
-    module.submit(recipe, [], name="two", out=out, after=[first], dry_run=True)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith("run.sbatch " + recipe + " 'a=b c'")
-    assert "--dependency=afterok:dry-run-one" in printed[1]
-    assert not (slurm.root / "stubs" / "sbatch.args").exists()
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"name": "a b"}, "name of a job"),
-        ({"name": "a\n#SBATCH --x"}, "name of a job"),
-        ({"name": "x" * 65}, "name of a job"),
-        ({"after": "1;2"}, "after"),
-        ({"out": Path("100%j")}, "%"),
-        ({"time": "soon"}, "launcher.time"),
-        ({"nodes": 0}, "launcher.nodes"),
-        ({"gpus_per_node": -1}, "launcher.gpus_per_node"),
-        ({"options": ["gpu"]}, "launcher.options"),
-        ({"options": ["--wrap=rm"]}, "launcher.options"),
-        ({"recipe": "_slurm"}, "recipe"),
-        ({"recipe": "../x"}, "recipe"),
-    ],
-)
-def test_what_slurm_must_not_get_is_refused(
-    slurm: Cluster, module: ModuleType, wrong: dict[str, Any], message: str
-) -> None:
-    recipe = next(p.stem for p in sorted((REPOSITORY / "recipes").glob("[a-z]*.py")))
-    arguments: dict[str, Any] = {"recipe": recipe, "overrides": [], "name": "ok", "out": slurm.root / "work"} | wrong
-    with pytest.raises(ValueError, match=message):
-        module.submit(**arguments)
-    assert not (slurm.root / "stubs" / "sbatch.args").exists()
-
-
-def test_a_refusal_of_sbatch_is_the_users_error(slurm: Cluster, module: ModuleType) -> None:
-    recipe = next(p.stem for p in sorted((REPOSITORY / "recipes").glob("[a-z]*.py")))
-    (slurm.root / "stubs" / "refuse").touch()
-    with pytest.raises(ValueError, match="invalid partition"):
-        module.submit(recipe, [], name="work", out=slurm.root / "work")
-    (slurm.root / "stubs" / "sbatch").unlink()
-    with pytest.raises(ValueError, match="needs sbatch"):
-        module.submit(recipe, [], name="work", out=slurm.root / "work")
-
-
-@pytest.mark.parametrize("name", ["local", "slurm"])
-def test_launcher_files_hold_settings_of_the_launcher(name: str, module: ModuleType) -> None:
-    values = yaml.safe_load((REPOSITORY / "configs" / "launcher" / f"{name}.yaml").read_text())
-    assert module.LauncherConfig(**values).kind == name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
+from conftest import REPOSITORY
 from llamita import runs
 from llamita.progress import Progress
 
@@ -61,8 +64,8 @@ def pipeline(
     return run
 
 
-def order(tmp_path: Path) -> list[str]:
-    return (tmp_path / "out" / "order").read_text().split()
+def order(tmp_path: Path, folder: str = "") -> list[str]:
+    return (tmp_path / "out" / folder / "order").read_text().split()
 
 
 def test_a_stage_runs_after_those_it_reads(pipeline: Callable[..., None], tmp_path: Path) -> None:
@@ -181,38 +184,139 @@ def test_what_is_shown_may_be_gone(pipeline: Callable[..., None], tmp_path: Path
     pipeline(a={"show": True})
 
 
+def on_slurm(
+    recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[..., None], dict[str, str], list[Any]]:
+    """Submission to a queue that is a mapping: how to submit stages, the queue, and every stage that went into it."""
+    module, queue, submitted = recipe("pipeline"), {}, []
+
+    def submit(stage: Any, launcher: Any, snapshot: Any, after: list[str]) -> str:
+        if stage.name not in queue:
+            submitted.append((stage, after))
+            queue[stage.name] = str(len(submitted))
+        return queue[stage.name]
+
+    monkeypatch.setattr(module, "submit", submit)
+    monkeypatch.setattr(module, "queued", lambda name, out: queue.get(name))
+
+    def start(**stages: dict[str, Any]) -> None:
+        made = {name: module.Stage(recipe="prune", **stage) for name, stage in stages.items()}
+        module.run(
+            module.Pipeline(
+                stages=made, launcher=sys.modules["_slurm"].LauncherConfig(kind="slurm"), out=tmp_path / "out"
+            )
+        )
+
+    return start, queue, submitted
+
+
 def test_a_stage_in_the_queue_with_other_settings_is_not_taken_for_the_new_one(
     recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, queue = recipe("pipeline"), {}
-
-    def submit(name: str, *_: object, **__: object) -> str:
-        return queue.setdefault(name, "7")
-
-    monkeypatch.setattr(module, "submit", lambda *_, name, **__: submit(name))
-    monkeypatch.setattr(module, "queued", lambda name, out: queue.get(name))
-
-    def start(word: str) -> None:
-        stage = module.Stage(recipe="prune", overrides=[f"word={word}"])
-        launcher = module.LauncherConfig(kind="slurm")
-        module.run(module.Pipeline(stages={"a": stage}, launcher=launcher, out=tmp_path / "out"))
-
-    start("old")
-    start("old")
-    with pytest.raises(ValueError, match="stage a waits in the queue with other settings: scancel 7 first"):
-        start("new")
+    start, queue, submitted = on_slurm(recipe, tmp_path, monkeypatch)
+    start(a={"overrides": ["word=old"]})
+    start(a={"overrides": ["word=old"]})
+    assert len(submitted) == 1
+    with pytest.raises(ValueError, match="stage a waits in the queue with other settings: scancel 1 first"):
+        start(a={"overrides": ["word=new"]})
     queue.clear()
-    start("new")
+    start(a={"overrides": ["word=new"]})
+    assert len(submitted) == 2
 
 
-def test_a_dry_run_marks_nothing(
+def test_a_launcher_that_died_after_it_had_submitted_submits_nothing_twice(
+    recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, queue, submitted = on_slurm(recipe, tmp_path, monkeypatch)
+    module = recipe("pipeline")
+    whole = module.submit
+
+    def dies(*words: Any, **options: Any) -> str:
+        whole(*words, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "submit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        start(a={}, b={"after": ["a"]})
+    monkeypatch.setattr(module, "submit", whole)
+    start(a={}, b={"after": ["a"]})
+    assert [(stage.name, after) for stage, after in submitted] == [("a", []), ("b", ["1"])]
+    assert list(queue) == ["a", "b"]
+
+
+def test_points_that_are_finished_are_not_submitted_again_and_new_ones_wait_for_the_old(
+    recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, queue, submitted = on_slurm(recipe, tmp_path, monkeypatch)
+    start(a={"sweep": {"word": ["x", "y"]}}, b={"after": ["a"]})
+    first = submitted[0][0]
+    assert (list(first.points), list(first.left)) == (["word_x", "word_y"], [0, 1])
+    with pytest.raises(ValueError, match="stage a waits in the queue with other settings"):
+        start(a={"sweep": {"word": ["x", "y", "z"]}}, b={"after": ["a"]})
+    queue.clear()
+    (tmp_path / "out" / "a" / "word_x").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "word_x" / "DONE.json").touch()
+    start(a={"sweep": {"word": ["x", "y", "z"]}}, b={"after": ["a"]})
+    second, (last, after) = submitted[2][0], submitted[3]
+    assert (list(second.points), list(second.left)) == (["word_x", "word_y", "word_z"], [1, 2])
+    assert (last.name, after) == ("b", ["3"])
+
+
+def test_the_resolved_settings_and_the_code_lie_in_the_directory(
+    recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, _, _ = on_slurm(recipe, tmp_path, monkeypatch)
+    start(a={"overrides": ["word=x"]})
+    out = tmp_path / "out"
+    settings = yaml.safe_load((out / "pipeline.yaml").read_text())
+    assert settings["stages"]["a"]["overrides"] == ["word=x"]
+    assert settings["launcher"]["kind"] == "slurm"
+    (code,) = out.glob("code-*")
+    assert (code / "slurm" / "run.sbatch").read_bytes() == (REPOSITORY / "slurm" / "run.sbatch").read_bytes()
+
+
+def test_a_dry_run_prints_scripts_and_commands_and_writes_nothing(
     recipe: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = recipe("pipeline")
-    launcher = module.LauncherConfig(kind="slurm", dry_run=True)
-    module.run(module.Pipeline(stages={"a": module.Stage(recipe="prune")}, launcher=launcher, out=tmp_path / "out"))
-    assert "sbatch --parsable --job-name=a" in capsys.readouterr().out
-    assert list((tmp_path / "out").iterdir()) == []
+    launcher = sys.modules["_slurm"].LauncherConfig(kind="slurm", dry_run=True)
+    stages = {"a": module.Stage(recipe="prune"), "b": module.Stage(recipe="prune", after=["a"])}
+    (tmp_path / "out").mkdir()  # as Hydra does
+    module.run(module.Pipeline(stages=stages, launcher=launcher, out=tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert f"\nsbatch --parsable {tmp_path}/out/slurm/a.sbatch\n" in printed
+    assert "sbatch --parsable '--dependency=afterok:<a>' --kill-on-invalid-dep=yes" in printed
+    assert printed.count("#!/bin/bash\n") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
+    pipeline: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = {"word": ["x", "two words", "it's $(x)"], "rate": [0.1, True]}
+    pipeline(a={"sweep": sweep, "show": True}, b={"after": ["a"]})
+    made = sorted(path.parent.name for path in (tmp_path / "out" / "a").glob("*/DONE.json"))
+    assert len(made) == 6
+    assert {"word_x-rate_0.1", "word_x-rate_true"} <= set(made)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) for name in made)
+    assert order(tmp_path) == ["b"]
+    assert "hello from" in capfd.readouterr().out
+    record = runs.read_json(tmp_path / "out" / "pipeline.json")
+    pipeline(a={"sweep": sweep}, b={"after": ["a"]})
+    assert order(tmp_path) == ["b"], "nothing ran again"
+    assert len(order(tmp_path, "a")) == 6
+    assert runs.read_json(tmp_path / "out" / "pipeline.json") == record
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_point_that_fails_does_not_stop_the_others_and_what_reads_them_never_starts(
+    pipeline: Callable[..., None], tmp_path: Path, parallel: int
+) -> None:
+    with pytest.raises(ValueError, match=r"stage a\.code_64 ended with code 64"):
+        pipeline(parallel, a={"sweep": {"code": [64, 0]}}, b={"after": ["a"]}, c={"after": ["b"]})
+    assert sorted(order(tmp_path, "a")) == ["code_0", "code_64"]
+    assert not (tmp_path / "out" / "order").exists()
+    assert runs.read_json(tmp_path / "out" / "pipeline.json").keys() == {"a.code_0"}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +326,9 @@ def test_a_dry_run_marks_nothing(
         ({"a": {"after": ["z"]}}, r"stages\.a\.after names \['z'\]"),
         ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "wait for each other"),
         ({"a": {"processes": 0}}, r"stages\.a\.processes must be at least 1, got 0"),
+        ({"a": {"workers": 0}}, r"stages\.a\.workers must be at least 1, got 0"),
+        ({"a": {"workers": 2}}, r"stages\.a\.workers=2 needs recipe cache and no sweep"),
+        ({"a": {"sweep": {"word": []}}}, r"stages\.a\.sweep\.word has no values"),
     ],
 )
 def test_stages_that_could_never_run_are_refused(
