@@ -37,7 +37,7 @@ def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def small_data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So few rows that two epochs are short."""
-    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("few"), documents=14)
+    return invented.packed(recipe("prepare"), tmp_path_factory.mktemp("few"), documents=60)
 
 
 @pytest.fixture(scope="session")

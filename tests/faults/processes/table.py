@@ -1,4 +1,4 @@
-"""Prints the table of faults from what the tests wrote, and puts it between the marks of documents.
+"""Prints the table of faults from what the tests wrote, and puts it in the place of that in documents.
 
 python tests/faults/processes/table.py .faults.jsonl docs/faults.md
 """
@@ -6,6 +6,7 @@ python tests/faults/processes/table.py .faults.jsonl docs/faults.md
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ FAULTS = {
 """Those with tests in this folder. What became of the others, and where they are tested, is in docs/faults.md."""
 
 
-BEGIN, END = "<!-- table of faults -->", "<!-- end of the table -->"
+TABLE = re.compile(r"^\| \| fault \| cases .*?^Published checkpoints lost: .*?$", re.MULTILINE | re.DOTALL)
 
 
 def rows(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -78,12 +79,11 @@ def markdown(table: list[dict[str, Any]]) -> str:
 
 
 def put_into(document: Path, text: str) -> None:
-    """Replace the table between the two marks of a document."""
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document} has no {BEGIN} with {END} behind it")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    """Replace the table in a document, and the line of numbers behind it."""
+    changed, places = TABLE.subn(lambda _: text, document.read_text(encoding="utf-8"))
+    if places != 1:
+        raise ValueError(f"{document} must hold one table of faults, got {places}")
+    document.write_text(changed, encoding="utf-8")
 
 
 if __name__ == "__main__":
