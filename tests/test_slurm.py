@@ -216,7 +216,8 @@ def test_three_starts_that_leave_nothing_new_end_the_job(cluster: Cluster) -> No
 
 def test_hidden_folders_and_logs_are_no_progress(cluster: Cluster) -> None:
     litter = """
-for name in ("logs/rank-00000.log", f".model-{time.time_ns()}/shard-0", "metrics.jsonl", "run.json"):
+names = ("logs/rank-00000.log", f".model-{time.time_ns()}/shard-0", "metrics.jsonl", "run.json", "ERROR.json")
+for name in (*names, f"tensorboard/events.{time.time_ns()}"):
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text(str(time.time_ns()))
 raise RuntimeError"""
@@ -224,6 +225,7 @@ raise RuntimeError"""
     code, output = cluster.run("prune", "out=work")
     assert (code, cluster.requeued) == (1, False), output
     assert "before anything new was saved" in output
+    assert "the first error of this start: work/ERROR.json" in output
 
 
 def test_restarts_have_a_cap(cluster: Cluster) -> None:
