@@ -38,6 +38,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "
 USERS_TO_MEND = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 """What the system says of a directory that is as bad on every other node."""
 ALLOCATION_BYTES = {"cuda": 2**30, "cpu": 2**26}
+PROBE = "preflight"
 _calls = itertools.count()
 
 
@@ -152,13 +153,18 @@ def _check_allocation(device: torch.device) -> None:
 
 def _check_folder(folder: Path, disk_bytes: float) -> None:
     place = folder / "control"  # which a batch job, or another worker of the same directory, may have made before
-    probe = place / f"preflight-{socket.gethostname()}-{os.getpid()}"
+    probe = place / f"{PROBE}-{socket.gethostname()}-{os.getpid()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        runs.write_atomically(probe, "here")
-        if probe.read_text() != "here":
-            raise RuntimeError(f"{probe} does not hold what was written")
-        probe.unlink()
+        for earlier in place.glob(f"{PROBE}-{socket.gethostname()}-*"):  # of a start that was killed here
+            if not _lives(earlier):
+                earlier.unlink(missing_ok=True)
+        probe.write_text("here")
+        runs.fsync(probe)
+        renamed = probe.replace(probe.with_name(f"{probe.name}-renamed"))
+        if renamed.read_text() != "here":
+            raise RuntimeError(f"{renamed} does not hold what was written")
+        renamed.unlink()
     except OSError as error:
         if error.errno in USERS_TO_MEND:
             raise ValueError(f"out={folder} cannot be written: {error.strerror}") from error
@@ -169,6 +175,12 @@ def _check_folder(folder: Path, disk_bytes: float) -> None:
             f"out={folder} has {free / 2**30:.1f} GiB of free disk, and checkpoints need {disk_bytes / 2**30:.1f} GiB: "
             "make room, keep fewer (keep_checkpoints), or choose another out"
         )
+
+
+def _lives(probe: Path) -> bool:
+    """Whether the process of this host whose number ends the probe's name is there."""
+    number = probe.name.removesuffix("-renamed").rpartition("-")[2]
+    return Path(f"/proc/{number}").exists()
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -167,12 +168,21 @@ def test_a_directory_that_cannot_be_written_is_the_users_and_one_that_breaks_the
 
         return fail
 
-    monkeypatch.setattr(runs, "write_atomically", refuse(30))
+    monkeypatch.setattr(runs, "fsync", refuse(30))
     with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
         preflight.check(tmp_path, CPU, {})
-    monkeypatch.setattr(runs, "write_atomically", refuse(5))
+    monkeypatch.setattr(runs, "fsync", refuse(5))
     with pytest.raises(runs.BadNode, match="Input/output error"):
         preflight.check(tmp_path, CPU, {})
+
+
+def test_what_a_killed_start_left_of_its_probe_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    host = socket.gethostname()
+    for name in (f"preflight-{host}-{2**30}", f"preflight-{host}-{2**30}-renamed", f"preflight-{host}-1"):
+        (tmp_path / "control" / name).write_text("here")
+    preflight.check(tmp_path, CPU, {})
+    assert [path.name for path in (tmp_path / "control").iterdir()] == [f"preflight-{host}-1"], "process 1 lives"
 
 
 def test_room_is_asked_for_checkpoints_that_are_still_to_come(

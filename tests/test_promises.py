@@ -37,6 +37,7 @@ stages:
       - source.path={lines}
       - tokenizer.vocab_size=640
       - sequence_length=64
+      - num_proc=1
       - validation.fraction=0.1
   teacher:
     recipe: distill

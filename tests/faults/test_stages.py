@@ -114,10 +114,9 @@ def test_f25_capture_killed_at_every_point_of_a_shard_ends_in_the_same_cache(
 
 
 SBATCH = """#!/bin/bash
-for argument; do case $argument in
-    --job-name=*) name=${argument#*=} ;;
-    --comment=*) comment=${argument#*=} ;;
-esac; done
+directive() { sed -n "s/^#SBATCH --$1=\\"\\{0,1\\}\\([^\\"]*\\)\\"\\{0,1\\}$/\\1/p" "$2"; }
+name=$(directive job-name "${!#}")
+comment=$(directive comment "${!#}")
 number=$((100 + $(wc -l < "$STUBS/queue")))
 echo "$name $number|$comment" >> "$STUBS/queue"
 [ "$name" = "$KILL_AT" ] && kill -9 "$PPID"
