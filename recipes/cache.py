@@ -127,12 +127,14 @@ def share(config: Cache, inputs: Inputs) -> list[capture.Shard]:
 def work(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) -> None:
     """Capture what is missing of this process's share, and wait for the others of this worker."""
     all_mine = share(config, inputs)
-    mine = capture.missing(config.out, all_mine[state.process_index :: state.num_processes])
+    here = all_mine[state.process_index :: state.num_processes]
+    mine = capture.missing(config.out, here)
+    done = len(here) - len(mine)
     if agree_sum(state, bool(mine)) if config.teacher.is_common else mine:
         with teacher_of(config, Identity.read(config.out / cache.IDENTITY), state) as worker:
             if found := costs(worker, config, inputs, state, run):
-                run.log(found)
-            capture.capture_all(worker, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows)
+                run.log(found, step=done + 1)
+            capture.capture_all(worker, mine, inputs.splits, run, config.out, batch_rows=config.batch_rows, done=done)
     capture.wait(all_mine, run, config.out)
     state.wait_for_everyone()
 
@@ -147,7 +149,7 @@ def finish(config: Cache, inputs: Inputs, state: PartialState, run: runs.Run) ->
         summary["distance"] = verify(config, inputs, state, run)
     if state.is_main_process:
         log.info("%s: %s", config.out, summary)
-        run.log({f"cache/{name}": value for name, value in summary.items()}, step=len(inputs.shards))
+        run.log({f"cache/{name}": value for name, value in summary.items()}, step=len(inputs.shards) + 1)
         run.finish(files, parents={"teacher": identity.teacher, "data": identity.data}, summary=summary)
 
 

@@ -215,9 +215,16 @@ def missing(out: Path, wanted: list[Shard]) -> list[Shard]:
     "capturing", memory="a smaller batch_rows or chunk_mebibytes, teacher.placement=zero3, teacher.weights=nf4"
 )
 def capture_all(
-    teacher: Capture, wanted: Sequence[Shard], rows: Mapping[str, Rows], run: runs.Run, out: Path, *, batch_rows: int
+    teacher: Capture,
+    wanted: Sequence[Shard],
+    rows: Mapping[str, Rows],
+    run: runs.Run,
+    out: Path,
+    *,
+    batch_rows: int,
+    done: int = 0,
 ) -> None:
-    """Publish these shards in ``out``, and log speed and size of each.
+    """Publish these shards in ``out``, and log speed and size of each, behind the ``done`` of earlier starts.
 
     Raises:
         Stopped: ``run`` was asked to stop, or whatever is at work in ``out``; shards that are whole stay.
@@ -225,7 +232,7 @@ def capture_all(
     signals = (run.stop, runs.StopSignal(out))
     total = sum(-(-(shard.last - shard.first) // batch_rows) for shard in wanted)
     with run.watchdog, Progress("cache", total) as progress:
-        for number, shard in enumerate(wanted, 1):
+        for number, shard in enumerate(wanted, done + 1):
             begin = time.perf_counter()
             batches = progress.count(shard.batches(rows[shard.split], batch_rows), note=shard.name)
             held = teacher.write(shard, _until_stopped(batches, signals, run.watchdog, out), out)
