@@ -19,7 +19,7 @@ from rich.table import Table
 from _calibrate import CalibrationConfig, calibration
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
-from llamita import checkpoints, checks, runs
+from llamita import checkpoints, checks, runs, stops
 from llamita.prune import mend, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.search import BudgetConfig, Candidate
@@ -179,7 +179,7 @@ def distil(config: DistillConfig, name: str, teacher: Path, data: Path, run: run
 
 
 @contextmanager
-def _stop_file_as_signal(stop: runs.StopSignal) -> Iterator[None]:
+def _stop_file_as_signal(stop: stops.StopSignal) -> Iterator[None]:
     """Turn a stop that is asked for by a file into the signal that a launcher of processes listens to."""
     over = threading.Event()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from llamita import checkpoints
+from llamita import checkpoints, estimate
 from llamita.data import loader
 from llamita.data.shards import PackedData
 from llamita.distill import hidden, loop, speed, state, teachers
@@ -31,7 +31,7 @@ def meter(config: Any, llama: LlamaConfig, device: torch.device) -> speed.Meter:
     )
 
 
-def room(config: Any, llama: LlamaConfig) -> int:
+def room(config: Any, llama: LlamaConfig) -> float:
     """Bytes that the checkpoints still need of the disk: those that are kept and one being written.
 
     Of those that are there, none is written again.
@@ -42,7 +42,7 @@ def room(config: Any, llama: LlamaConfig) -> int:
     most: int = -(-config.steps // config.checkpoint_every)
     there = len(state.steps_in(config.out / "checkpoints"))
     left: int = max(1, min(wanted, most) - there)
-    return 3 * 4 * trained * left
+    return estimate.checkpoint_bytes(trained) * left
 
 
 def _shape(path: Path) -> Any:

@@ -314,15 +314,15 @@ def num_validations(training: Training) -> int:
     return 2 + between
 
 
-def checkpoint_bytes(training: Training) -> float:
+def checkpoint_bytes(trained_parameters: float) -> float:
     """Bytes of one checkpoint: float32 weights and two moments of what is trained."""
-    return 12.0 * training.trained_parameters
+    return 12.0 * trained_parameters
 
 
 def training_disk(training: Training, *, saved_bytes_per_value: int) -> dict[str, float]:
     """Bytes at the fullest moment: the checkpoints that stay, one more while it is published, and the model."""
     return {
-        f"{training.kept_checkpoints} checkpoints and one being written": checkpoint_bytes(training)
+        f"{training.kept_checkpoints} checkpoints and one being written": checkpoint_bytes(training.trained_parameters)
         * (training.kept_checkpoints + 1),
         "model": float(saved_bytes_per_value * training.student.num_parameters),
     }
@@ -331,7 +331,10 @@ def training_disk(training: Training, *, saved_bytes_per_value: int) -> dict[str
 def training_written(training: Training, *, saved_bytes_per_value: int) -> float:
     """Bytes written over the whole stage, those of checkpoints that do not stay included."""
     checkpoints = -(-training.steps // training.checkpoint_every)
-    return checkpoints * checkpoint_bytes(training) + saved_bytes_per_value * training.student.num_parameters
+    return (
+        checkpoints * checkpoint_bytes(training.trained_parameters)
+        + saved_bytes_per_value * training.student.num_parameters
+    )
 
 
 def prune_memory(

@@ -7,7 +7,6 @@ import faulthandler
 import json
 import os
 import re
-import secrets
 import socket
 import sys
 import threading
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from llamita import redaction
+from llamita import locks, redaction
 
 FILE = "ERROR.json"
 EXIT_HUNG = 1
@@ -41,6 +40,11 @@ _PEER = re.compile(
 def rank() -> int:
     """This process's number in its launch."""
     return int(os.environ.get("RANK", "0"))
+
+
+def log_file(folder: Path) -> Path:
+    """The log of this process in a run directory."""
+    return folder / "logs" / f"rank-{rank():05d}.log"
 
 
 @contextmanager
@@ -114,17 +118,7 @@ def record(folder: Path, error: BaseException, *, stack: str | None = None) -> N
             "can be told here; look for the rank whose log ends without an error"
         )
     with contextlib.suppress(OSError):  # the disk may be what failed
-        _create(folder / FILE, json.dumps(entry, indent=2) + "\n")
-
-
-def _create(path: Path, text: str) -> None:
-    """Write a file that must not be there yet, so that nobody sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        locks.create(folder / FILE, json.dumps(entry, indent=2) + "\n")
 
 
 def first(folder: Path) -> str | None:
@@ -171,8 +165,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.seconds and self._thread is None:
-            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            self._log = (self.folder / "logs" / f"rank-{rank():05d}.log").open("a")
+            log_file(self.folder).parent.mkdir(parents=True, exist_ok=True)
+            self._log = log_file(self.folder).open("a")
             self._done.clear()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.beat()

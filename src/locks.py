@@ -48,7 +48,7 @@ class Lock:
         self._text = json.dumps(self._mine())
         for _ in range(3):
             try:
-                self._make()
+                create(self._file, self._text)
             except FileExistsError:
                 if (owner := self.dead_owner()) is not None:
                     self._take_over(owner)
@@ -57,32 +57,6 @@ class Lock:
             self._thread.start()
             return
         raise Owned(f"out={self._file.parent} is being taken by another run; choose another out")
-
-    def _make(self) -> None:
-        """Make the lock with its text at once: an empty one, of a full disk or a crash, would look like somebody's."""
-        whole = self._file.with_name(f".lock-{secrets.token_hex(4)}.tmp")
-        try:
-            with whole.open("w") as file:
-                file.write(self._text)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(whole, self._file)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without links
-                self._make_in_place()
-        finally:
-            whole.unlink(missing_ok=True)
-
-    def _make_in_place(self) -> None:
-        with self._file.open("x") as file:
-            try:
-                file.write(self._text)
-                file.flush()
-            except OSError:
-                self._file.unlink()
-                raise
 
     def _take_over(self, owner: Mapping[str, Any]) -> None:
         """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
@@ -167,6 +141,38 @@ class Lock:
             with contextlib.suppress(FileNotFoundError):
                 if self._file.read_text() == self._text:
                     self._file.unlink()
+
+
+def create(path: Path, text: str) -> None:
+    """Make a file that must not be there yet, with its text at once: nobody sees an empty one, not after a crash.
+
+    Raises:
+        FileExistsError: it is there.
+    """
+    whole = path.with_name(f".{path.name.lstrip('.')}-{secrets.token_hex(4)}.tmp")
+    try:
+        with whole.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            _create_in_place(path, text)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _owner_in(file: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import distributed
 
@@ -157,7 +158,7 @@ def _check_folder(folder: Path, disk_bytes: float) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         for earlier in place.glob(f"{PROBE}-{socket.gethostname()}-*"):  # of a start that was killed here
-            if not _lives(earlier):
+            if not psutil.pid_exists(int(earlier.name.removesuffix("-renamed").rpartition("-")[2])):
                 earlier.unlink(missing_ok=True)
         probe.write_text("here")
         runs.fsync(probe)
@@ -175,12 +176,6 @@ def _check_folder(folder: Path, disk_bytes: float) -> None:
             f"out={folder} has {free / 2**30:.1f} GiB of free disk, and checkpoints need {disk_bytes / 2**30:.1f} GiB: "
             "make room, keep fewer (keep_checkpoints), or choose another out"
         )
-
-
-def _lives(probe: Path) -> bool:
-    """Whether the process of this host whose number ends the probe's name is there."""
-    number = probe.name.removesuffix("-renamed").rpartition("-")[2]
-    return Path(f"/proc/{number}").exists()
 
 
 def _versions() -> dict[str, str]:

@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -28,12 +27,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import yaml
 
-from llamita import faults, locks, sinks
+from llamita import faults, locks, sinks, stops
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -240,7 +238,7 @@ def crash_point(name: str) -> None:
     if target not in CRASH_POINTS:
         raise ValueError(f"LLAMITA_CRASH_AT must name one of {', '.join(CRASH_POINTS)}, got {target!r}")
     occurrence, _, rank = rest.partition(":")
-    if name != target or (rank and rank != os.environ.get("RANK", "0")):
+    if name != target or (rank and int(rank) != faults.rank()):
         return
     _crash_counts[name] = _crash_counts.get(name, 0) + 1
     if _crash_counts[name] == int(occurrence or 1):
@@ -262,7 +260,7 @@ def seed_everything(seed: int) -> None:
 
 def is_main_process() -> bool:
     """Whether this process is rank 0 of the launch, before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return faults.rank() == 0
 
 
 def check_done(path: Path) -> dict[str, Any]:
@@ -283,58 +281,6 @@ def check_done(path: Path) -> dict[str, Any]:
     return done
 
 
-class StopSignal:
-    """Remembers that the run was asked to stop: by a signal, or by a file in the run directory.
-
-    The file is ``control/stop``, written by hand, or ``control/stop-<job>-<restart>``, written by the batch script of
-    that start of that Slurm job: one that was meant for an earlier start does not stop a later one.
-
-    Handlers only set a flag. Who owns the loop combines the flag over ranks at a step boundary, so that all ranks
-    save the same step.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self, path: Path) -> None:
-        job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-        self._control = path / "control"
-        self._files = [self._control / "stop"] + ([self._control / f"stop-{job}-{start}"] if job else [])
-        self._flag = threading.Event()
-        self._previous: dict[int, Any] = {}
-
-    def forget_earlier(self) -> None:
-        """Remove what stopped an earlier start; what was meant for this one, or for another job here, stays."""
-        job = os.environ.get("SLURM_JOB_ID")
-        stale = set(self._control.glob(f"stop-{job}-*" if job else "stop-*")) - set(self._files)
-        if int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) == 1:  # the others of an array may not have seen it
-            stale.add(self._control / "stop")
-        for file in stale:
-            file.unlink(missing_ok=True)
-
-    def install(self) -> None:
-        """Handle the stop signals; does nothing outside the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
-            # A forked worker that only noted SIGTERM would outlive its pool's terminate(), which then waits for ever.
-            os.register_at_fork(after_in_child=self.restore)
-
-    def restore(self) -> None:
-        """Give the signals back to who had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._flag.is_set():
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self._flag.set()
-
-    def is_set(self) -> bool:
-        """Whether a stop was asked for on this rank."""
-        return self._flag.is_set() or any(file.exists() for file in self._files)
-
-
 class Run:
     """A stage at work in its directory. Make it with :func:`start`."""
 
@@ -343,7 +289,7 @@ class Run:
         self.recipe = recipe
         self.settings = dict(settings)
         self.config = config
-        self.stop = StopSignal(path)
+        self.stop = stops.StopSignal(path)
         self.watchdog = faults.Watchdog(path, config.hang_seconds)
         self.identity: dict[str, Any] = {}
         self.done = False
@@ -647,9 +593,9 @@ def _mend_metrics(path: Path) -> None:
 
 
 def _log_to_file(path: Path) -> logging.FileHandler:
-    folder = path / "logs"
-    folder.mkdir(parents=True, exist_ok=True)  # a later rank may be here before rank 0
-    handler = logging.FileHandler(folder / f"rank-{int(os.environ.get('RANK', '0')):05d}.log")
+    file = faults.log_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)  # a later rank may be here before rank 0
+    handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler

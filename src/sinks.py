@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from llamita import redaction
+
 log = logging.getLogger(__name__)
 
 QUEUE_ROWS = 4096
@@ -78,7 +80,7 @@ SENT_SETTINGS = (
 
 def sent(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that may leave the machine, by dotted name: listed ones that are numbers, truths or plain words."""
-    return {name: value for name, value in _flat(settings) if _is_sent(name) and _is_plain(value)}
+    return {name: value for name, value in redaction.flat(settings) if _is_sent(name) and _is_plain(value)}
 
 
 def _is_sent(name: str) -> bool:
@@ -90,14 +92,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, str):
         return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,31}", value) is not None
     return isinstance(value, bool | int | float)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
-    return rows
 
 
 @dataclass(frozen=True)

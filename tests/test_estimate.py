@@ -185,7 +185,7 @@ def test_checkpoints_need_room_for_one_more_than_is_kept() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_checkpoint_is_the_same_size_however_the_student_is_spread(stage: int, precision: Precision) -> None:
     plan = training(zero_stage=stage, precision=precision)
-    assert estimate.checkpoint_bytes(plan) == 12 * LLAMA_1B.num_parameters
+    assert estimate.checkpoint_bytes(plan.trained_parameters) == 12 * LLAMA_1B.num_parameters
 
 
 def test_checkpoints_that_do_not_stay_are_written_all_the_same() -> None:
@@ -323,7 +323,7 @@ def test_adapters_are_all_that_the_optimiser_and_a_checkpoint_hold() -> None:
     assert items["resting weights"] == 2 * LLAMA_1B.num_parameters
     assert items["adapters"] + items["gradients"] + items["AdamW moments"] == 8_000_000 * (4 + 4 / 8 + 8 / 8)
     assert not {"weights", "loss: gradient of the head"} & items.keys()
-    assert estimate.checkpoint_bytes(one) == 12 * 8_000_000
+    assert estimate.checkpoint_bytes(one.trained_parameters) == 12 * 8_000_000
     tokens = 64 * 8192 * 1000
     forward = LLAMA_1B.forward_flops_per_token(4096)
     assert estimate.training_flops(one)["student, forward and backward"] == tokens * (2 * forward + 6 * 8_000_000)

@@ -187,6 +187,8 @@ def test_what_leaves_the_machine_is_listed_and_says_nothing_of_places(tmp_path: 
         "student.shape.hidden_size": 64,
         "teachers.big.weight": 0.5,
         "optim.learning_rate": 0.1,
+        "optim.betas[0]": 0.9,
+        "optim.betas[1]": 0.95,
         "target.head_dim": 64,
         "deepspeed.stage": 2,
         "run.seed": 1,

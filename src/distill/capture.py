@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import checkpoints, faults, runs
+from llamita import checkpoints, faults, runs, stops
 from llamita.distill import cache_format, samplers
 from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Identity, Rows, check_same, distance
 from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
@@ -229,7 +229,7 @@ def capture_all(
     Raises:
         Stopped: ``run`` was asked to stop, or whatever is at work in ``out``; shards that are whole stay.
     """
-    signals = (run.stop, runs.StopSignal(out))
+    signals = (run.stop, stops.StopSignal(out))
     total = sum(-(-(shard.last - shard.first) // batch_rows) for shard in wanted)
     with run.watchdog, Progress("cache", total) as progress:
         for number, shard in enumerate(wanted, done + 1):
@@ -250,7 +250,7 @@ def wait(wanted: Sequence[Shard], run: runs.Run, out: Path) -> None:
     Raises:
         Stopped: as :func:`capture_all`.
     """
-    signals = (run.stop, runs.StopSignal(out))
+    signals = (run.stop, stops.StopSignal(out))
     while left := missing(out, list(wanted)):
         if any(signal.is_set() for signal in signals):
             raise runs.Stopped(f"stopped in {out}: the shards that are whole stay; start it again to go on")
@@ -259,7 +259,7 @@ def wait(wanted: Sequence[Shard], run: runs.Run, out: Path) -> None:
 
 
 def _until_stopped(
-    batches: Iterator[Batch], signals: Sequence[runs.StopSignal], watchdog: faults.Watchdog, out: Path
+    batches: Iterator[Batch], signals: Sequence[stops.StopSignal], watchdog: faults.Watchdog, out: Path
 ) -> Iterator[Batch]:
     for batch in batches:
         watchdog.beat()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, stops
 from llamita.data import tokens
 from llamita.data.loader import Loader, Sequential
 from llamita.data.shards import ID, START, UNSUPERVISED, PackedData
@@ -274,7 +274,7 @@ def test_a_run_that_is_asked_to_stop_leaves_nothing_half_written(
     prepare: ModuleType, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopSignal, "is_set", lambda self: True)
+        patch.setattr(stops.StopSignal, "is_set", lambda self: True)
         with pytest.raises(runs.Stopped, match="start it again"):
             prepare.run(prepare.Prepare(**settings))
     assert not {"data.json", "shards", "tokenizer", ".data"} & {path.name for path in settings["out"].glob("*")}
