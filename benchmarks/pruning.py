@@ -29,8 +29,8 @@ from transformers import LlamaForCausalLM
 import pruning_methods
 import pruning_peers
 import pruning_table
-from llamita import checkpoints, checks
-from llamita.data import loader, shards, tokens
+from llamita import chat, checkpoints, checks
+from llamita.data import loader, shards
 from llamita.prune import stream
 from llamita.prune.scores import Scores
 from pruning_methods import Case, Loaded, Method
@@ -98,7 +98,7 @@ class Bench:
         checks.refuse(checks.same_tokens(*read, *written))
         self.calibration = self.rows("train", told.calibration_rows)
         self.held_out = self.rows("validation", told.held_out_rows)
-        self.pad_id = tokens.borders(checkpoints.load_tokenizer(self.data.tokenizer_path)).pad_id
+        self.pad_id = chat.borders(checkpoints.load_tokenizer(self.data.tokenizer_path)).pad_id
         self.loss = self.evaluate(self.weights)
         self._scores: Scores | None = None
         self._folder: Path = told.out / "scores" / subject.name

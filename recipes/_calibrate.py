@@ -14,8 +14,8 @@ import torch
 import torch.distributed as distributed
 from omegaconf import MISSING
 
-from llamita import checkpoints, checks, runs
-from llamita.data import loader, shards, tokens
+from llamita import chat, checkpoints, checks, runs
+from llamita.data import loader, shards
 from llamita.progress import Progress
 from llamita.prune import importance, stream
 from llamita.prune.ranking import ScoreConfig
@@ -130,7 +130,7 @@ def pad_id(config: CalibrationConfig) -> int | None:
     if config.path is None:
         return None
     tokenizer = checkpoints.load_tokenizer(shards.PackedData.open(config.path).tokenizer_path)
-    return tokens.borders(tokenizer).pad_id
+    return chat.borders(tokenizer).pad_id
 
 
 @contextmanager

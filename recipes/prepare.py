@@ -18,7 +18,7 @@ import numpy as np
 from omegaconf import MISSING
 from transformers import PreTrainedTokenizerFast
 
-from llamita import checkpoints, runs
+from llamita import chat, checkpoints, runs
 from llamita.data import corpus, shards, sources, split, tokens
 from llamita.data.pack import PackingConfig, pack
 from llamita.data.sources import SourceConfig
@@ -122,7 +122,7 @@ def prepare(
     )
     chosen = {"train": train[kept], "validation": np.flatnonzero(held)}
     start = np.cumsum(length) - length
-    pad_id = tokens.borders(tokenizer).pad_id
+    pad_id = chat.borders(tokenizer).pad_id
     splits = {}
     for name, index in chosen.items():
         packing = pack(start[index], length[index], config.sequence_length, config.packing, seed=config.run.seed)

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from llamita import checkpoints, checks, runs
+from llamita import chat, checkpoints, checks, runs
 from llamita.data import corpus_ids, shards, sources, tokens
 from llamita.data.sources import SourceConfig
 from llamita.prune import remap, vocabulary
@@ -179,7 +179,7 @@ def run(config: Vocabulary) -> None:
 
 def measured(config: Vocabulary, inputs: Inputs, after: PreTrainedTokenizerFast, run: runs.Run) -> dict[str, Any]:
     """Tokens per byte in the old and in the new vocabulary."""
-    both = tokens.plain_backend(inputs.tokenizer), tokens.plain_backend(after)
+    both = chat.plain_backend(inputs.tokenizer), chat.plain_backend(after)
     found: dict[str, Any] = {}
     for prefix, texts in inputs.texts(config):
         length = vocabulary.lengths(run.until_stopped(texts), *both, most_bytes=config.measure_bytes)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from llamita import chat
 from llamita.data import sources, tokens
 from llamita.prune.vocabulary import Counts, count
 
@@ -68,15 +69,15 @@ def write(folder: Path, definition: str | None = None, **config: Any) -> Path:
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens.BOS,
-        "eos_token": tokens.TURN_END,
-        "pad_token": tokens.PAD,
+        "bos_token": chat.BOS,
+        "eos_token": chat.TURN_END,
+        "pad_token": chat.PAD,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": added,
         "additional_special_tokens": RESERVED,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | config))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": tokens.BOS}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": chat.BOS}))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

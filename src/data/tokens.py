@@ -9,29 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llamita import checkpoints
+from llamita import chat, checkpoints
+from llamita.chat import BOS, EOS, PAD, SPECIAL_TOKENS
 from llamita.data.shards import UNSUPERVISED, Words
 
 log = logging.getLogger(__name__)
-
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
-PAD = "<|finetune_right_pad_id|>"
-HEADER = "<|start_header_id|>"
-HEADER_END = "<|end_header_id|>"
-TURN_END = "<|eot_id|>"
-SPECIAL_TOKENS = (BOS, EOS, PAD, HEADER, HEADER_END, "<|eom_id|>", TURN_END, "<|python_tag|>")
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -56,7 +48,7 @@ class TokenizerConfig:
     """Entries of the trained vocabulary, the special tokens included."""
     train_bytes: int = 2**28
     """Train on no more than about so many bytes, taken from the documents in pseudo-random order."""
-    date: str = "26 Jul 2024"
+    date: str = chat.DATE
     """The date in chat templates that ask for one; fixed, because Llama 3.2's would else change the data every day."""
 
     def __post_init__(self) -> None:
@@ -79,7 +71,7 @@ def load(path: Path) -> PreTrainedTokenizerFast:
     if not path.is_dir():
         raise ValueError(f"tokenizer.path={path} is not a directory")
     tokenizer = checkpoints.load_tokenizer(path)
-    borders(tokenizer)
+    chat.borders(tokenizer)
     return tokenizer
 
 
@@ -132,35 +124,6 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Borders:
-    """Ids that stand around documents."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-
-
-def borders(tokenizer: PreTrainedTokenizerFast) -> Borders:
-    """Begin, end and padding of a document.
-
-    The end is ``<|end_of_text|>`` where there is one: the ``eos_token`` of Llama 3's instruct models ends a turn of a
-    dialogue, not a document.
-
-    Raises:
-        ValueError: the tokenizer has no token for the begin or the end.
-    """
-    vocabulary = tokenizer.get_vocab()
-    bos_id, eos_id = tokenizer.bos_token_id, vocabulary.get(EOS, tokenizer.eos_token_id)
-    for name, value in (("BOS", bos_id), ("EOS", eos_id)):
-        if value is None:
-            raise ValueError(
-                f"tokenizer.path={tokenizer.name_or_path} has no {name} token, which stands around every document"
-            )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else vocabulary.get(PAD, eos_id)
-    return Borders(bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
-
-
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the highest id, which a model must have rows for even where ids below it are unused."""
     return int(max(tokenizer.get_vocab().values())) + 1
@@ -170,10 +133,10 @@ class TextEncoder:
     """Documents to words. Special tokens that a text merely mentions are ordinary characters, as in Meta's code."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        around = borders(tokenizer)
+        around = chat.borders(tokenizer)
         self._given = tokenizer
         self._bos, self._eos = around.bos_id, around.eos_id
-        self._backend = plain_backend(tokenizer)
+        self._backend = chat.plain_backend(tokenizer)
         self._may_cut = _splits_as_llama3(self._backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -226,112 +189,27 @@ def _splits_as_llama3(backend: Tokenizer) -> bool:
     )
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerFast, *, special: bool = False) -> Tokenizer:
-    """A copy that neither cuts nor pads, as some published files ask for, and sees special tokens only if told."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = not special
-    return backend
-
-
 class DialogueEncoder:
     """Dialogues to words: only what the assistant says and the end of its turn are supervised."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, date: str) -> None:
-        """Choose the format.
-
-        Raises:
-            ValueError: the tokenizer has neither a chat template nor Llama 3's header tokens.
-        """
-        self._given = tokenizer
-        self._bos = borders(tokenizer).bos_id
-        self._plain = plain_backend(tokenizer)
-        self._special = plain_backend(tokenizer, special=True)
-        self._date = date
-        self._mention = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens + _added(tokenizer))))
-        if not tokenizer.chat_template:
-            vocabulary = tokenizer.get_vocab()
-            if lacking := [token for token in (HEADER, HEADER_END, TURN_END) if token not in vocabulary]:
-                raise ValueError(
-                    f"tokenizer.path={tokenizer.name_or_path} has no chat template and lacks {', '.join(lacking)} "
-                    "of Llama 3's format: dialogues cannot be written with it"
-                )
-            self._header, self._header_end, self._turn_end = (
-                vocabulary[token] for token in (HEADER, HEADER_END, TURN_END)
-            )
+        """Choose the format; ``ValueError`` as :class:`llamita.chat.Encoder`."""
+        self._given = tokenizer, date
+        self._encoder = chat.Encoder(tokenizer, date)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As for :class:`TextEncoder`."""
-        return DialogueEncoder, (self._given, self._date)
+        return DialogueEncoder, self._given
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Words]]:
         """The batch's dialogues, for ``datasets.map``."""
-        encode = self._templated if self._given.chat_template else self._llama3
-        return {"words": [encode(json.loads(text)) for text in batch["text"]]}
-
-    def _llama3(self, messages: list[dict[str, str]]) -> Words:
-        """Llama 3's own format (llama-models, models/llama3/chat_format.py), which trims what is said."""
-        words: list[int] = [self._bos]
-        supervised = [False]
-        for message in messages:
-            head = [self._header, *self._ids(message["role"]), self._header_end, *self._ids("\n\n")]
-            said = [*self._ids(message["content"].strip()), self._turn_end]
-            words += head + said
-            supervised += [False] * len(head) + [message["role"] == "assistant"] * len(said)
-        return _masked(words, supervised)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _templated(self, messages: list[dict[str, str]]) -> Words:
-        """The template's text; the assistant's part is what its message adds to the text before it.
-
-        Raises:
-            ValueError: the template refuses the dialogue or rewrites earlier turns, or a message holds the text of a
-                special token, which in the template's text could not be told from a real one.
-        """
-        for message in messages:
-            if found := self._mention.search(message["content"]):
-                raise ValueError(f"a message holds the special token {found.group()}: {message['content'][:80]!r}")
-        whole = self._render(messages)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], add_generation_prompt=True)
-                after = self._render(messages[: index + 1])
-                if not (after.startswith(before) and whole.startswith(after.rstrip())):
-                    raise ValueError(
-                        "the chat template rewrites earlier turns, so the assistant's part cannot be found in "
-                        f"{message['content'][:80]!r}"
-                    )
-                spans.append((len(before), len(after.rstrip())))
-        encoded = self._special.encode(whole, add_special_tokens=False)
-        supervised = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offsets]
-        words = list(encoded.ids)
-        if words[:1] != [self._bos]:
-            words, supervised = [self._bos, *words], [False, *supervised]
-        return _masked(words, supervised)
-
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        if not messages and options.get("add_generation_prompt"):
-            return self._render([{"role": "assistant", "content": "\0"}]).partition("\0")[0]
-        try:
-            text = self._given.apply_chat_template(messages, tokenize=False, date_string=self._date, **options)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses a dialogue: {error}: {str(messages)[:120]}") from error
-        assert isinstance(text, str)
-        return text
+        return {"words": [words_of(self._encoder.dialogue(json.loads(text))) for text in batch["text"]]}
 
 
-def _added(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def _masked(ids: Sequence[int], supervised: Sequence[bool]) -> Words:
-    words = np.array(ids, dtype=np.uint32)
-    return np.where(np.array(supervised), words, words | UNSUPERVISED)
+def words_of(encoded: chat.Encoded) -> Words:
+    """Ids with the mark of what is not supervised."""
+    words = np.array(encoded.ids, dtype=np.uint32)
+    return np.where(np.array(encoded.supervised), words, words | UNSUPERVISED)
 
 
 def encode(

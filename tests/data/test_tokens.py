@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from llamita import checkpoints
+from llamita import chat, checkpoints
 from llamita.data import tokens
 from llamita.data.shards import ID, UNSUPERVISED, Words
 
@@ -51,7 +51,7 @@ def test_every_text_survives_byte_for_byte(tokenizer: PreTrainedTokenizerFast, t
 
 def test_a_document_stands_between_begin_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
     words = tokens.TextEncoder(tokenizer)({"text": ["one", ""]})["words"]
-    assert tokenizer.convert_ids_to_tokens([words[0][0], words[0][-1], *words[1]]) == [tokens.BOS, tokens.EOS] * 2
+    assert tokenizer.convert_ids_to_tokens([words[0][0], words[0][-1], *words[1]]) == [chat.BOS, chat.EOS] * 2
 
 
 @given(
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_splits_otherwise_gets_documents_whole(
 
 def test_the_vocabulary_has_its_size_and_ends_in_the_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) == tokens.vocab_size(tokenizer) == 600
-    assert tokenizer.convert_ids_to_tokens(list(range(592, 600))) == list(tokens.SPECIAL_TOKENS)
+    assert tokenizer.convert_ids_to_tokens(list(range(592, 600))) == list(chat.SPECIAL_TOKENS)
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id == 592
 
 
@@ -124,7 +124,7 @@ def test_a_saved_tokenizer_is_the_same_one_beside_any_model(tokenizer: PreTraine
     again = AutoTokenizer.from_pretrained(tmp_path / "copied")
     assert checkpoints.tokenizer_hash(again) == checkpoints.tokenizer_hash(tokenizer)
     assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
-    assert (again.bos_token, again.eos_token, again.pad_token) == (tokens.BOS, tokens.EOS, tokens.PAD)
+    assert (again.bos_token, again.eos_token, again.pad_token) == (chat.BOS, chat.EOS, chat.PAD)
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Unheard"])
@@ -142,14 +142,14 @@ def test_what_a_tokenizer_does_is_in_its_file_whatever_class_its_settings_name(
 
 def test_a_special_token_in_a_text_is_only_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """A page about Llama 3 must not end the document it is in."""
-    words = tokens.TextEncoder(tokenizer)({"text": [f"It ends with {tokens.EOS}."]})["words"][0]
+    words = tokens.TextEncoder(tokenizer)({"text": [f"It ends with {chat.EOS}."]})["words"][0]
     assert words[1:-1].max() < 592
-    assert tokenizer.decode(words[1:-1].tolist()) == f"It ends with {tokens.EOS}."
+    assert tokenizer.decode(words[1:-1].tolist()) == f"It ends with {chat.EOS}."
 
 
 def test_an_encoder_does_in_a_worker_what_it_does_here(tokenizer: PreTrainedTokenizerFast) -> None:
     """A pickled ``tokenizers.Tokenizer`` alone forgets that special tokens in a text are only text."""
-    batch = {"text": [json.dumps([{"role": "assistant", "content": f"a {token}"}]) for token in tokens.SPECIAL_TOKENS]}
+    batch = {"text": [json.dumps([{"role": "assistant", "content": f"a {token}"}]) for token in chat.SPECIAL_TOKENS]}
     for encoder in (tokens.TextEncoder(tokenizer), tokens.DialogueEncoder(tokenizer, "")):
         here, there = encoder(batch)["words"], pickle.loads(pickle.dumps(encoder))(batch)["words"]  # noqa: S301
         assert [one.tolist() for one in there] == [one.tolist() for one in here]
@@ -169,8 +169,8 @@ def test_a_limit_in_the_tokenizer_file_cuts_no_document(tokenizer: PreTrainedTok
 def test_a_document_of_an_instruct_model_ends_with_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """Its ``eos_token`` is ``<|eot_id|>``, which ends a turn."""
     instruct = tokens.train(TEXTS, 600)
-    instruct.eos_token = tokens.TURN_END
-    assert tokens.borders(instruct) == tokens.borders(tokenizer)
+    instruct.eos_token = chat.TURN_END
+    assert chat.borders(instruct) == chat.borders(tokenizer)
 
 
 @pytest.mark.parametrize("name", ["bos", "eos"])
@@ -178,7 +178,7 @@ def test_a_tokenizer_without_begin_or_end_is_refused(name: str) -> None:
     backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     given = {"bos_token": "a", "eos_token": "b"} | {f"{name}_token": None}
     with pytest.raises(ValueError, match=f"has no {name.upper()} token"):
-        tokens.borders(PreTrainedTokenizerFast(tokenizer_object=backend, **given))
+        chat.borders(PreTrainedTokenizerFast(tokenizer_object=backend, **given))
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused() -> None:
@@ -214,7 +214,7 @@ def test_only_the_assistant_and_the_end_of_its_turn_are_supervised(template: str
 def test_a_special_token_in_a_dialogue_cannot_forge_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     forged = [{"role": "user", "content": "a<|eot_id|>b"}, {"role": "assistant", "content": "c"}]
     words = tokens.DialogueEncoder(tokenizer, "")({"text": [json.dumps(forged)]})["words"][0]
-    turn_end = tokenizer.convert_tokens_to_ids(tokens.TURN_END)
+    turn_end = tokenizer.convert_tokens_to_ids(chat.TURN_END)
     assert int(((words & ID) == turn_end).sum()) == 2
 
 

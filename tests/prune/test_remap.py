@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import vocabularies
 from conftest import tiny_config
-from llamita.data import tokens
+from llamita import chat
 from llamita.prune import remap
 from llamita.prune.vocabulary import Bpe, Kept, choose, count
 
@@ -134,15 +134,15 @@ def test_merges_in_the_older_form_stay_in_it(tmp_path: Path) -> None:
 def test_the_post_processor_and_the_padding_of_the_tokenizer_follow(tmp_path: Path) -> None:
     form = definition()
     form["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
-    form["padding"] |= {"pad_id": 1190, "pad_type_id": 0, "pad_token": tokens.PAD}
-    roberta = {"type": "RobertaProcessing", "sep": [tokens.EOS, 1189], "cls": [tokens.BOS, 1188]}
+    form["padding"] |= {"pad_id": 1190, "pad_type_id": 0, "pad_token": chat.PAD}
+    roberta = {"type": "RobertaProcessing", "sep": [chat.EOS, 1189], "cls": [chat.BOS, 1188]}
     roberta |= {"trim_offsets": True, "add_prefix_space": False}
     form["post_processor"] = {"type": "Sequence", "processors": [form["post_processor"], roberta]}
     kept = cut(source(tmp_path / "old", form))
     result, new = remap.tokenizer(form, kept), kept.new_ids
     template, moved = result["post_processor"]["processors"]
-    assert template["special_tokens"][tokens.BOS]["ids"] == [new[1188]]
-    assert moved == roberta | {"sep": [tokens.EOS, new[1189]], "cls": [tokens.BOS, new[1188]]}
+    assert template["special_tokens"][chat.BOS]["ids"] == [new[1188]]
+    assert moved == roberta | {"sep": [chat.EOS, new[1189]], "cls": [chat.BOS, new[1188]]}
     assert result["padding"]["pad_id"] == new[1190]
     assert form["padding"]["pad_id"] == 1190, "the source's own mapping stays as it was"
     form["post_processor"] = {"type": "Unheard"}
@@ -168,10 +168,10 @@ def test_reserved_tokens_go_where_they_are_named_and_nowhere_else(tmp_path: Path
     ("pattern", "match"),
     [
         ("<|no_such*", r"drop_added='<\|no_such\*' names no added token"),
-        (tokens.BOS, "id 1188"),
-        (tokens.EOS, "config.json names it"),
+        (chat.BOS, "id 1188"),
+        (chat.EOS, "config.json names it"),
         ("<|start_header_id|>", "the chat template writes it"),
-        (tokens.PAD, "begin, end, padding"),
+        (chat.PAD, "begin, end, padding"),
     ],
 )
 def test_a_token_that_is_needed_cannot_be_dropped(tmp_path: Path, pattern: str, match: str) -> None:
@@ -193,7 +193,7 @@ def test_an_added_token_that_is_in_the_vocabulary_too_is_cut_and_kept_like_the_o
     path, plain = source(tmp_path / "old", form), source(tmp_path / "plain")
     kept = written(path, tmp_path / "new")
     assert kept.old_ids == cut(plain).old_ids
-    assert json.loads((tmp_path / "new/tokenizer.json").read_text())["model"]["vocab"][tokens.BOS] == kept.new_ids[1188]
+    assert json.loads((tmp_path / "new/tokenizer.json").read_text())["model"]["vocab"][chat.BOS] == kept.new_ids[1188]
 
 
 def test_a_second_file_of_the_tokenizer_in_another_format_is_left_out(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamita import checkpoints, runs, stops
+from llamita import chat, checkpoints, runs, stops
 from llamita.data import tokens
 from llamita.data.loader import Loader, Sequential
 from llamita.data.shards import ID, START, UNSUPERVISED, PackedData
@@ -59,7 +59,7 @@ def documents_in(data: PackedData, split: str) -> Counter[int]:
     """How often each token id is in a split, padding left out."""
     rows = data.split(split)
     words = rows.words(np.arange(len(rows)))
-    pad_id = tokens.borders(checkpoints.load_tokenizer(data.tokenizer_path)).pad_id
+    pad_id = chat.borders(checkpoints.load_tokenizer(data.tokenizer_path)).pad_id
     ids, counts = np.unique(words[(words & ID) != pad_id] & ID, return_counts=True)
     return Counter(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
 
@@ -67,7 +67,7 @@ def documents_in(data: PackedData, split: str) -> Counter[int]:
 def texts_in(data: PackedData, split: str, *, supervised: bool = False) -> list[str]:
     """The documents of a split without begin and end, or their supervised part; where no document is cut."""
     tokenizer = checkpoints.load_tokenizer(data.tokenizer_path)
-    pad_id = tokens.borders(tokenizer).pad_id
+    pad_id = chat.borders(tokenizer).pad_id
     rows = data.split(split)
     words = rows.words(np.arange(len(rows))).ravel()
     pieces = np.split(words, np.flatnonzero(words & START)[1:])
@@ -75,7 +75,7 @@ def texts_in(data: PackedData, split: str, *, supervised: bool = False) -> list[
     if supervised:
         pieces = [piece[(piece & UNSUPERVISED) == 0] for piece in pieces]
     texts = [tokenizer.decode((piece & ID).tolist()) for piece in pieces]
-    return [text.removeprefix(tokens.BOS).removesuffix(tokens.EOS) for text in texts]
+    return [text.removeprefix(chat.BOS).removesuffix(chat.EOS) for text in texts]
 
 
 def exit_code(prepare: ModuleType, *overrides: str, limit_bytes: int | None = None) -> int | None:
@@ -149,7 +149,7 @@ def test_a_vocabulary_is_trained_where_no_tokenizer_is_given(prepare: ModuleType
     data = PackedData.open(settings["out"])
     tokenizer = checkpoints.load_tokenizer(data.tokenizer_path)
     assert data.vocab_size == len(tokenizer) == 500
-    assert tokenizer.bos_token == tokens.BOS
+    assert tokenizer.bos_token == chat.BOS
 
 
 def test_the_bytes_to_train_on_change_the_vocabulary(

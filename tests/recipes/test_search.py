@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 
 import invented
 from conftest import REPOSITORY, tiny_model
-from llamita import checkpoints, runs
-from llamita.data import loader, shards, tokens
+from llamita import chat, checkpoints, runs
+from llamita.data import loader, shards
 from llamita.prune import mend, plan, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig
@@ -90,7 +90,7 @@ def test_candidates_are_ranked_by_the_loss_of_what_is_cut_and_mended(
     rows = list(loader.Sequential(split, batch_rows=4, max_rows=8))
     text = list(loader.Sequential(shards.PackedData.open(data).split("train"), batch_rows=4, max_rows=16))
     closed = CompensationConfig(attention_steps=0, layer_steps=0, head_steps=0)
-    pad = tokens.borders(checkpoints.load_tokenizer(data / "tokenizer")).pad_id
+    pad = chat.borders(checkpoints.load_tokenizer(data / "tokenizer")).pad_id
     assert len(found) == 4
     for candidate in found:
         assert candidate.costs["parameters"] == candidate.shape.num_parameters <= 100_000

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vocabularies
 from conftest import tiny_model
-from llamita import checkpoints, runs
+from llamita import chat, checkpoints, runs
 from llamita.data import sources, tokens
 from llamita.prune import surgery, vocabulary
 
@@ -100,12 +100,12 @@ def test_the_directory_is_stock_and_says_where_it_comes_from(model: Path, data: 
     tokenizer, config = AutoTokenizer.from_pretrained(finished), checkpoints.load_config(finished)
     assert len(tokenizer) == SIZE
     assert config.bos_token_id == tokenizer.bos_token_id
-    assert config.eos_token_id == tokenizer.convert_tokens_to_ids([tokens.EOS, tokens.TURN_END])
+    assert config.eos_token_id == tokenizer.convert_tokens_to_ids([chat.EOS, chat.TURN_END])
     assert config.pad_token_id == tokenizer.pad_token_id
     assert GenerationConfig.from_pretrained(finished).eos_token_id == config.eos_token_id
     assert GenerationConfig.from_pretrained(finished).temperature == 0.6
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x)"}], return_dict=False)
-    assert ids[:2] == tokenizer.convert_tokens_to_ids([tokens.BOS, tokens.HEADER])
+    assert ids[:2] == tokenizer.convert_tokens_to_ids([chat.BOS, chat.HEADER])
     runs.check_done(finished)
     provenance = runs.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}

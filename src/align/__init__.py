@@ -1,0 +1,1 @@
+"""Alignment: dialogues, rejection sampling, preferences and rewards; TRL's trainers do the training."""
