@@ -120,9 +120,9 @@ def _message(value: Any) -> Message:
             raise ValueError("a message has either content or tool_calls, this one has both")
         content = pythonic(calls)
     if not isinstance(content, str):
-        raise ValueError(f"the content of a {role} message must be text, got {type(content).__name__}")
+        raise ValueError(f"the message of the {role} must be text, got {type(content).__name__}")
     if not content.strip():
-        raise ValueError(f"a {role} message is empty")
+        raise ValueError(f"the message of the {role} is empty")
     code = {"code": True} if value.get("code") and role == Role.assistant else {}
     return {"role": str(role), "content": content, **code}
 
@@ -229,6 +229,18 @@ def is_held_out(prompt: Iterable[Message], *, share: float, seed: int) -> bool:
     """Whether rows of this prompt are held out: decided by its text alone, so that it holds over sources and rounds."""
     text = json.dumps([seed, *([m["role"], m["content"]] for m in prompt)], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
+def characters(row: Row) -> int:
+    """Of all messages of a row; of a pair's answers the longer one."""
+    match row:
+        case Dialogue():
+            return sum(len(message["content"]) for message in row.messages)
+        case Pair():
+            answers = (row.chosen, row.rejected)
+        case Task():
+            answers = ({"content": ""}, {"content": ""})
+    return sum(len(m["content"]) for m in row.prompt) + max(len(answer["content"]) for answer in answers)
 
 
 def prompt_of(row: Row) -> tuple[Message, ...]:
