@@ -28,7 +28,7 @@ def test_each_weight_is_the_weighted_mean(dtype: torch.dtype, tmp_path: Path) ->
     for name, tensor in checkpoints.load_model(tmp_path / "mean").state_dict().items():
         exact = sum((n + 1) / 6 * model[name].double() for n, model in enumerate(models))
         assert tensor.dtype == dtype
-        torch.testing.assert_close(tensor.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(tensor.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-15)
 
 
 def test_models_of_equal_weights_are_their_own_mean(tmp_path: Path) -> None:
