@@ -319,9 +319,8 @@ def _gsm8k(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
 
 
 def _ifeval(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
-    ids = [str(name).removeprefix("en:") for name in row.get("instruction_id_list") or []]
     given = [{key: value for key, value in (k or {}).items() if value is not None} for k in row.get("kwargs") or []]
-    check = {"kind": "ifeval", "instructions": ids, "kwargs": given, "prompt": row.get("prompt")}
+    check = {"kind": "ifeval", "instruction_id_list": row.get("instruction_id_list"), "kwargs": given}
     prompt = [{"role": "user", "content": row.get("prompt")}]
     yield Raw(place, "tasks", {"id": str(row.get("key", place)), "prompt": prompt, "check": check})
 
