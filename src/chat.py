@@ -108,6 +108,10 @@ class Encoder:
         self._special = plain_backend(tokenizer, special=True)
         self._date = date
         self._vocabulary = tokenizer.get_vocab()
+        ends = [self._vocabulary[token] for token in (EOS, MESSAGE_END, TURN_END) if token in self._vocabulary]
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stop_ids: list[int] = sorted({*ends, *own, self.borders.eos_id})
+        """Ids at which an answer ends: those of Llama 3 that the vocabulary has, and the tokenizer's own end."""
         self._is_llama3 = tokenizer.chat_template in (None, "", TEMPLATE)
         if self._is_llama3:
             if lacking := [token for token in (HEADER, HEADER_END, TURN_END) if token not in self._vocabulary]:
@@ -119,12 +123,6 @@ class Encoder:
             names = [*tokenizer.all_special_tokens, *_added(tokenizer)]
             self._mention = re.compile("|".join(map(re.escape, names)))
             self._check_template(names)
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Ids at which an answer ends: those of Llama 3 that the vocabulary has, and the tokenizer's own end."""
-        found = [self._vocabulary[token] for token in (EOS, MESSAGE_END, TURN_END) if token in self._vocabulary]
-        return sorted({*found, self.borders.eos_id, *filter(None, [self._given.eos_token_id])})
 
     def dialogue(self, messages: Messages) -> Encoded:
         """The whole dialogue.

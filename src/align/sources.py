@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import zstandard
 
+from llamita import hub
 from llamita.align.dialogues import SPLITS, DialogueData, Message
 
 
@@ -130,7 +131,8 @@ def _read(name: str, source: SourceConfig, allow_network: bool) -> Iterator[Raw]
             yield from functions()
         case Kind.datasets:
             form = FORMS[source.form]
-            for number, row in enumerate(_hub(source, allow_network)):
+            rows = hub.load(str(source.path), subset=source.subset, split=source.split, allow_network=allow_network)
+            for number, row in enumerate(rows):
                 yield from form(f"{name}:{number}", row)
         case _:
             path = Path(str(source.path))
@@ -191,24 +193,6 @@ def _open(path: Path) -> IO[str]:
             return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
         case _:
             return path.open(encoding="utf-8")
-
-
-def _hub(source: SourceConfig, allow_network: bool) -> Iterator[Mapping[str, Any]]:
-    import datasets
-
-    path = Path(str(source.path)).expanduser()
-    if path.is_dir() and (path / "dataset_info.json").is_file():
-        rows: Any = datasets.load_from_disk(str(path))
-    else:
-        try:
-            config = datasets.DownloadConfig(local_files_only=not allow_network)
-            rows = datasets.load_dataset(str(source.path), source.subset, split=source.split, download_config=config)
-        except (FileNotFoundError, ConnectionError, ValueError) as error:
-            raise ValueError(
-                f"the data set {source.path} is not on this machine or has no split {source.split!r} "
-                f"(allow_network=true downloads it): {error}"
-            ) from error
-    yield from rows
 
 
 def _messages(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:

@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from llamita import hub
+
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +112,7 @@ def resolve(name: str, config: SourceConfig) -> Source:
     if config.path is None:
         raise ValueError(f"source {name!r} has no path; set it, or kind=python_stdlib which needs none")
     path = Path(config.path).expanduser()
-    if config.kind is Kind.datasets or (config.kind is None and _is_saved_dataset(path)):
+    if config.kind is Kind.datasets or (config.kind is None and hub.is_saved(path)):
         return Source(name=name, kind=Kind.datasets, config=config, files=())
     files, named = _find(path)
     if not files:
@@ -157,10 +159,6 @@ def _kind_of(files: list[Path], setting: str, *, default: Kind | None) -> Kind:
         f"{setting} has an unknown suffix ({files[0].name}); known are {known}, also with .gz or .zst: "
         "else set the source's kind"
     )
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def stdlib_files() -> list[Path]:
@@ -336,54 +334,13 @@ def _check_column(column: str, names: list[str], place: str) -> None:
 
 
 def _dataset(source: Source, allow_network: bool) -> Iterator[str]:
-    import datasets
-
     config = source.config
     assert config.path is not None
-    path = Path(config.path).expanduser()
-    if _is_saved_dataset(path):
-        rows = datasets.load_from_disk(str(path))
-        if isinstance(rows, datasets.DatasetDict):
-            if config.split not in rows:
-                raise ValueError(f"{path} has no split {config.split!r}; it has {', '.join(rows)}")
-            rows = rows[config.split]
-    else:
-        rows = _load_by_name(config, allow_network)
+    rows = hub.load(config.path, subset=config.subset, split=config.split, allow_network=allow_network)
     _check_column(config.text_field, rows.column_names, config.path)
     for batch in rows.select_columns([config.text_field]).iter(batch_size=1024):
         for value in batch[config.text_field]:
             yield _text(value, config.path)
-
-
-def _load_by_name(config: SourceConfig, allow_network: bool) -> Any:
-    import datasets
-
-    assert config.path is not None
-    try:
-        with _network(allow_network):
-            return datasets.load_dataset(config.path, config.subset, split=config.split)
-    except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
-        hint = "" if allow_network else "; the network is not used unless allow_network=true"
-        raise ValueError(
-            f"data set {config.path!r} (subset {config.subset}, split {config.split}) cannot be loaded{hint}: {error}"
-        ) from error
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[None]:
-    """Let ``datasets`` reach the hub in this block, or keep it from it, whatever the environment said at import."""
-    import datasets
-    import huggingface_hub.constants
-
-    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    for switch in switches:
-        switch.HF_HUB_OFFLINE = not allowed
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value
 
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("digest", pa.binary(16)), ("bytes", pa.int64())])
