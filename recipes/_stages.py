@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class Pipeline:
     """The stages and who runs them."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
+    rounds: int = 1
+    """How many rounds there are. The first is among ``stages``."""
+    round: dict[str, Stage] = field(default_factory=dict)
+    """The stages of every round from the second on; ``sft`` becomes the stages ``sft_2``, ``sft_3`` and so on. In their
+    overrides and parents ``{n}`` is the number of the round, and ``{last}`` that of the one before it."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Paths that the overrides name as ``${inputs.NAME}``; an empty one must be set."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
@@ -99,11 +104,30 @@ class Pipeline:
             raise ValueError(
                 f"inputs.{missing[0]}= is not set: this pipeline needs inputs.{', inputs.'.join(self.inputs)}"
             )
+        self._expand()
         if not self.stages:
             raise ValueError("there are no stages: choose a pipeline of configs/pipeline, as in pipeline=demo")
         for name, stage in self.stages.items():
             stage.check(name, self.stages)
         in_order(self.stages)
+
+    def _expand(self) -> None:
+        """Put the stages of later rounds among the others."""
+        if self.rounds < 1 or (self.rounds > 1 and not self.round):
+            allowed = "at least 1" if self.round else "1: this pipeline has no rounds"
+            raise ValueError(f"rounds must be {allowed}, got {self.rounds}")
+        for n in range(2, self.rounds + 1):
+            for name, stage in self.round.items():
+                self.stages[f"{name}_{n}"] = numbered(stage, n)
+
+
+def numbered(stage: Stage, n: int) -> Stage:
+    """A stage of round ``n``."""
+
+    def told(text: str) -> str:
+        return text.replace("{n}", str(n)).replace("{last}", str(n - 1))
+
+    return replace(stage, overrides=[*map(told, stage.overrides)], after=[*map(told, stage.after)])
 
 
 def in_order(stages: Mapping[str, Stage]) -> list[str]:

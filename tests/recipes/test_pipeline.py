@@ -369,3 +369,24 @@ def test_progress_of_a_stage_is_read_from_its_file(tmp_path: Path, monkeypatch: 
         progress.update(4, "loss 0.9")
     assert json.loads((tmp_path / "state").read_text())["completed"] == 4
     assert os.environ["LLAMITA_PROGRESS"]
+
+
+def test_rounds_repeat_their_stages_each_after_the_last(recipe: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    module = recipe("pipeline")
+    first = {"sft_1": module.Stage(recipe="distill"), "mean_1": module.Stage(recipe="distill", after=["sft_1"])}
+    later = {
+        "sft": module.Stage(
+            recipe="distill", after=["mean_{last}"], overrides=["data.path=o/mean_{last}", "run.seed={n}"]
+        ),
+        "mean": module.Stage(recipe="distill", after=["sft_{n}"]),
+    }
+    config = module.Pipeline(stages=first, round=later, rounds=3, out=tmp_path)
+    assert list(config.stages) == ["sft_1", "mean_1", "sft_2", "mean_2", "sft_3", "mean_3"]
+    assert config.stages["sft_3"].after == ["mean_2"]
+    assert config.stages["sft_3"].overrides == ["path=o/mean_2", "seed=3"]
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        module.Pipeline(stages=first, round=later, rounds=0, out=tmp_path)
+    with pytest.raises(ValueError, match=r"rounds must be 1: this pipeline has no rounds, got 2"):
+        module.Pipeline(stages=first, rounds=2, out=tmp_path)
+    with pytest.raises(ValueError, match=r"stages.sft_2.after names \[.mean_1.\], which are no stages"):
+        module.Pipeline(stages={"sft_1": first["sft_1"]}, round=later, rounds=2, out=tmp_path)
