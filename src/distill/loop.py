@@ -140,7 +140,7 @@ class Trainer:
     shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
     costs: Mapping[str, float] = field(default_factory=dict)
-    """What was found out about the teachers beforehand, to be logged before the first step."""
+    """What was found out about teachers or data beforehand, to be logged before the first step."""
     meter: speed.Meter | None = None
     """Counts operations, for what is told about the speed."""
     counters: Counters = field(default_factory=Counters)
