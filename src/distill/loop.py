@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,8 @@ ROWS_NAMED = 16
 class LoopConfig(EngineConfig):
     """How long to train, and when to save, log and validate."""
 
+    fewest_steps: ClassVar[int] = 1
+    """0 where a recipe has another way to say how long."""
     steps: int = 1000
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -53,8 +55,9 @@ class LoopConfig(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "checkpoint_every", "log_every", "max_skipped_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            fewest = self.fewest_steps if name == "steps" else 1
+            if getattr(self, name) < fewest:
+                raise ValueError(f"{name} must be at least {fewest}, got {getattr(self, name)}")
         for name in ("keep_checkpoints", "validation_every", "validation_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
