@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from llamita.data import corpus, shards, sources, split, tokens
 from llamita.data.pack import PackingConfig, pack
 from llamita.data.sources import SourceConfig
 from llamita.data.split import ValidationConfig
-from llamita.data.tokens import TokenizerConfig
+from llamita.data.tokens import TokenizerConfig, num_cores
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +138,6 @@ def prepare(
     }
     runs.write_json(folder / shards.MANIFEST, manifest)
     return manifest
-
-
-def num_cores() -> int:
-    """Cores that this process may use; macOS does not say, so all of them there."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stop_if_asked(run: runs.Run) -> None:

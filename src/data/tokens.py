@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -210,6 +211,11 @@ def words_of(encoded: chat.Encoded) -> Words:
     """Ids with the mark of what is not supervised."""
     words = np.array(encoded.ids, dtype=np.uint32)
     return np.where(np.array(encoded.supervised), words, words | UNSUPERVISED)
+
+
+def num_cores() -> int:
+    """Cores that this process may use; macOS does not say, so all of them there."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode(

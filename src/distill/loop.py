@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,8 @@ ROWS_NAMED = 16
 class LoopConfig(EngineConfig):
     """How long to train, and when to save, log and validate."""
 
+    fewest_steps: ClassVar[int] = 1
+    """0 where a recipe has another way to say how long."""
     steps: int = 1000
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -53,8 +55,9 @@ class LoopConfig(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "checkpoint_every", "log_every", "max_skipped_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            fewest = self.fewest_steps if name == "steps" else 1
+            if getattr(self, name) < fewest:
+                raise ValueError(f"{name} must be at least {fewest}, got {getattr(self, name)}")
         for name in ("keep_checkpoints", "validation_every", "validation_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -140,7 +143,7 @@ class Trainer:
     shares: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     """Weights that teachers have at a step of so many steps, by their names; the others' stay."""
     costs: Mapping[str, float] = field(default_factory=dict)
-    """What was found out about the teachers beforehand, to be logged before the first step."""
+    """What was found out about teachers or data beforehand, to be logged before the first step."""
     meter: speed.Meter | None = None
     """Counts operations, for what is told about the speed."""
     counters: Counters = field(default_factory=Counters)

@@ -49,17 +49,17 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(f"student.lora.rank must be >= 0, got {self.rank}")
+            raise ValueError(f"lora.rank must be >= 0, got {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise ValueError(f"student.lora.alpha must be > 0 and finite, got {self.alpha}")
+            raise ValueError(f"lora.alpha must be > 0 and finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"student.lora.dropout must be in 0..1, 1 excluded, got {self.dropout}")
+            raise ValueError(f"lora.dropout must be in 0..1, 1 excluded, got {self.dropout}")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             allowed = ", ".join(Projection)
-            raise ValueError(f"student.lora.targets must name each of {allowed} once at most, got {self.targets}")
+            raise ValueError(f"lora.targets must name each of {allowed} once at most, got {self.targets}")
         meant = self.alpha is not None or self.dropout or set(self.targets) != set(Projection)
         if not self.rank and meant:
-            raise ValueError("student.lora.alpha, dropout and targets need student.lora.rank, got 0")
+            raise ValueError("lora.alpha, dropout and targets need lora.rank, got 0")
 
     def num_parameters(self, shape: LlamaShape) -> int:
         """Values of all adapters of a student of that shape."""

@@ -155,12 +155,12 @@ def test_the_student_of_a_directory_gets_them_beside_resting_bfloat16_weights(tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": -1}, "student.lora.rank must be >= 0, got -1"),
-        ({"rank": 2, "alpha": 0.0}, "student.lora.alpha must be > 0"),
-        ({"rank": 2, "dropout": 1.0}, "student.lora.dropout must be in 0..1"),
-        ({"rank": 2, "targets": []}, "student.lora.targets must name"),
-        ({"rank": 2, "targets": [Projection.q_proj, Projection.q_proj]}, "student.lora.targets must name"),
-        ({"dropout": 0.1}, "need student.lora.rank"),
+        ({"rank": -1}, "lora.rank must be >= 0, got -1"),
+        ({"rank": 2, "alpha": 0.0}, "lora.alpha must be > 0"),
+        ({"rank": 2, "dropout": 1.0}, "lora.dropout must be in 0..1"),
+        ({"rank": 2, "targets": []}, "lora.targets must name"),
+        ({"rank": 2, "targets": [Projection.q_proj, Projection.q_proj]}, "lora.targets must name"),
+        ({"dropout": 0.1}, "need lora.rank"),
     ],
     ids=str,
 )
