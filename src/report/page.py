@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llamita import runs
+from llamita import progress, runs
 from llamita.report import figures, mended, searches
 from llamita.report.figures import Sketch
 from llamita.report.gather import Estimate, Model, Report, Role, Stage
@@ -139,14 +139,8 @@ def signed(number: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    """Seconds as people say them, or a dash."""
+    return "–" if seconds is None else progress.duration(seconds)
 
 
 def _title(report: Report) -> str:
