@@ -280,8 +280,9 @@ def _log_axis(axes: Axes, label: str) -> None:
 def legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """A legend above the axes, in as many columns as there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, int(figure.get_figwidth() * 72 / (60 + 8 * longest)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(columns, len(handles)))
+    columns = min(len(handles), max(1, int(figure.get_figwidth() * 72 / (60 + 8 * longest))))
+    by_column = [handle for column in range(columns) for handle in handles[column::columns]]  # as it fills them
+    figure.legend(handles=by_column, loc="outside upper left", ncols=columns)
 
 
 def printable(text: str) -> str:
@@ -434,7 +435,7 @@ def _losses_over(report: Report, over: Over) -> Sketch | None:
         name="losses" if over is Over.tokens else f"losses-{slug(TABS[over])}",
         title="Training losses",
         caption="Cross-entropy with the text, and divergence from the teacher: each logged step and the mean around "
-        f"it, over {label}.",
+        f"it, over {'wall time' if over is Over.seconds else label}.",
         draw=draw,
         tab=TABS[over],
     )

@@ -39,7 +39,7 @@ def write(report: Report, out: Path) -> list[str]:
 
 def _sketches(report: Report) -> dict[str, list[Sketch]]:
     """Pictures by section; a section without any is absent."""
-    groups = {
+    groups: dict[str, list[Sketch | None]] = {
         "recovery": [figures.recovery(report)],
         "parameters": [_parameters(report)],
         "tasks": [figures.tasks(report)],
