@@ -616,10 +616,10 @@ def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: a line is damaged.
     """
     earliest: dict[int, int] = {}
-    for row in _all_rows(path / "metrics.jsonl"):
+    for row in all_rows(path):
         earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
     first = superseded_from(earliest)
-    for row in _all_rows(path / "metrics.jsonl"):
+    for row in all_rows(path):
         # A restart that began to write since the first pass supersedes what is read next time.
         if row["step"] < first.get(row["restart"], float("inf")):
             yield row
@@ -635,7 +635,13 @@ def superseded_from(earliest: Mapping[int, int]) -> dict[int, float]:
     return found
 
 
-def _all_rows(file: Path) -> Iterator[dict[str, Any]]:
+def all_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``, those that a later restart supersedes included.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    file = path / "metrics.jsonl"
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import xml.etree.ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], ga
 
 
 SECTIONS = {"quality", "tasks-section", "size", "kept", "training", "lineage"}
-PICTURES = {"recovery", "parameters", "tasks", "losses", "throughput"}
+PICTURES = {"recovery", "parameters", "tasks", "losses", "losses-steps", "losses-wall-time", "throughput"}
+LOSSES = {name for name in PICTURES if name.startswith("losses")}
 PICTURES |= {"heads-pruned", "mlp-pruned", "hidden-pruned", "layers-pruned"}
 
 
@@ -248,7 +250,7 @@ def test_a_whole_pipeline_has_every_section_and_picture(whole: Any) -> None:
     ("names", "sections", "pictures"),
     [
         (["pruned"], {"quality", "kept", "lineage"}, {n for n in PICTURES if n.endswith("-pruned")}),
-        (["distilled"], {"quality", "training", "lineage"}, {"recovery", "losses", "throughput"}),
+        (["distilled"], {"quality", "training", "lineage"}, {"recovery", *LOSSES, "throughput"}),
         (["evaluation"], {"quality", "tasks-section", "lineage"}, {"tasks"}),
         (["teacher", "pruned"], {"quality", "size", "kept", "training", "lineage"}, None),
     ],
@@ -349,6 +351,7 @@ HOSTILE = [
     "$\\frac{$ ${7*7} {{ 7*7 }} {% raw %}",
     "[bold red]x[/] & <b>",
     "https://example.invalid/#fe0100",
+    "\x1b[2J名' onload='alert(1) font-family: --><!--",
 ]
 
 
@@ -379,7 +382,16 @@ def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path)
     assert figures.save_png(sketches["recovery"][0], tmp_path).is_file()
     console = Console(file=io.StringIO(), width=200)
     console.print(page.terminal_table(report))
-    assert name in console.file.getvalue()  # type: ignore[attr-defined]
+    assert name.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["font-family: <b>", 'font: 9px "', "url(#a", 'id="b', "#fe0100"])
+def test_a_name_that_looks_like_what_is_changed_in_a_picture_stays_a_name(name: str, tmp_path: Path) -> None:
+    path = stage(tmp_path / "d", "distill", metrics=training(5.0, 1.5, taught=True))
+    sketch = figures.throughput(gather.gather({name: path}))
+    assert sketch is not None
+    drawn_text = [element.text for element in xml.etree.ElementTree.fromstring(figures.picture(sketch).svg).iter()]
+    assert name in drawn_text
 
 
 def test_roles_follow_from_lineage(whole: Any) -> None:
@@ -548,7 +560,129 @@ def test_an_unfinished_run_is_shown_as_such(tmp_path: Path) -> None:
     report = gather.gather({"d": path})
     assert report.models[0].role is Role.distilled
     assert report.models[0].values["bits_per_byte"].value == pytest.approx(2, abs=0.01)
-    assert "not finished" in drawn({"d": path}, tmp_path / "out")
+    assert report.result is None
+    text = drawn({"d": path}, tmp_path / "out")
+    assert text.count("not finished") == 3, "in the table of quality, of training, and in the lineage"
+
+
+def test_an_unfinished_run_is_never_the_headline_nor_a_rival(whole: Any, tmp_path: Path) -> None:
+    """However good its last value looks."""
+    names = ("pruned", "distilled", "ce_only")
+    paths = {name: whole[0][name] for name in names}
+    family = {"student": paths["pruned"], "large": whole[0]["teacher"]}
+    for name, taught in (("early", {"large": {}}), ("early_ce", {})):
+        settings = {"teachers": taught, "student": {"path": str(paths["pruned"])}}
+        rows = training(5.0, 0.5, taught=bool(taught))
+        paths[name] = stage(tmp_path / name, "distill", settings=settings, parents=family, metrics=rows, finish=False)
+    report = gather.gather(paths)
+    assert {m.name: m.role for m in report.models if m.is_unfinished} == {
+        "early": Role.distilled,
+        "early_ce": Role.baseline,
+    }
+    assert report.result is not None
+    assert report.result.name == "distilled"
+    assert "the baseline (ce_only" in "".join(piece for piece, _ in page.verdict(report))
+    only = gather.gather({name: paths[name] for name in ("pruned", "early")})
+    assert only.result is not None
+    assert only.result.name == "pruned"
+    console = Console(file=io.StringIO(), width=200)
+    console.print(page.terminal_table(report))
+    assert "early (distilled, not finished)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_every_run_has_a_colour_of_its_own_and_the_result_that_of_its_role(whole: Any, tmp_path: Path) -> None:
+    paths = {name: whole[0][name] for name in ("teacher", "pruned")}
+    family = {"student": paths["pruned"], "large": paths["teacher"]}
+    bits = (1.4, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8)
+    for index, end in enumerate(bits):
+        paths[f"run{index}"] = stage(
+            tmp_path / f"run{index}", "distill", settings={"teachers": {"large": {}}}, shape=SMALL, parents=family,
+            metrics=training(6.0, end, taught=True),
+        )  # fmt: skip
+    report = gather.gather(paths)
+    assert report.result is report.first(Role.distilled)
+    assert report.result is not None
+    assert report.result.name == "run1"
+    for palette in (figures.LIGHT, figures.DARK, figures.VARIABLES):
+        colours = {model.name: palette.of(model, report.models) for model in report.models}
+        assert len(set(colours.values())) == len(colours) == 9
+        assert [colours["run1"], colours["pruned"]] == [palette.distilled, palette.pruned]
+
+
+def timed(path: Path, starts: list[list[tuple[float, int, float]]], *, created: float, finished: str) -> Path:
+    """A finished run by hand: of each start, when it logged which step, and the mean time of the steps before it."""
+    stage(path, "distill", shape=SMALL)
+    rows = [
+        {"step": step, "time": at, "restart": restart, "perf/step_s": mean, "train/ce": 1.0, "data/tokens": 10 * step}
+        for restart, logged in enumerate(starts)
+        for at, step, mean in logged
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.write_json(path / "run.json", {"id": "a", "restarts": len(starts) - 1, "created": created})
+    runs.write_json(path / "DONE.json", runs.read_json(path / "DONE.json") | {"finished": finished})
+    return path
+
+
+FIRST = [(1020.0 + 20 * n, 10 * n, 2.0) for n in range(1, 6)]
+"""Steps 10 to 50 by 1120; a checkpoint at 30, and the process killed behind 50."""
+SECOND = [(1200.0, 40, 2.0), (1230.0, 50, 3.0), (1250.0, 60, 2.0)]
+
+
+def test_goodput_is_the_time_of_steps_that_count_over_all_of_it(tmp_path: Path) -> None:
+    """30 steps of 2 s before the kill, then 10 of 2, 10 of 3 and 10 of 2; 290 s from the first start to the end."""
+    path = timed(tmp_path / "d", [FIRST, SECOND], created=1000.0, finished="1970-01-01T00:21:30Z")
+    stage = gather.gather({"d": path}).stages[0]
+    assert stage.seconds == 290
+    assert stage.goodput == pytest.approx((30 * 2 + 10 * 2 + 10 * 3 + 10 * 2) / 290)
+    assert stage.metrics.lost_steps == 20
+    text = drawn({"d": path}, tmp_path / "out")
+    assert re.search(r"<td>1</td><td>20</td><td>44\.8\s%</td><td>5 min</td>", text)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lost"),
+    [
+        ([range(10, 60, 10)], 0),
+        ([range(10, 60, 10), range(40, 70, 10)], 20),
+        ([range(10, 60, 10), range(40, 50, 10), range(40, 70, 10)], 20 + 10),
+        ([range(10, 60, 10), range(60, 70, 10)], 0),
+        ([range(1, 4), range(0, 5)], 3),
+        ([range(1, 9), range(5, 7), range(3, 9)], (8 - 2) + (6 - 4 + 2)),
+    ],
+)
+def test_lost_steps_are_those_that_a_later_start_did_again(starts: list[range], lost: int) -> None:
+    rows = [{"step": step, "restart": restart} for restart, steps in enumerate(starts) for step in steps]
+    assert gather.Metrics(rows).lost_steps == lost
+
+
+def test_a_curve_and_its_restarts_can_be_placed_by_tokens_steps_and_time(tmp_path: Path) -> None:
+    path = timed(tmp_path / "d", [FIRST, SECOND], created=1000.0, finished="1970-01-01T00:21:30Z")
+    metrics = gather.gather({"d": path}).stages[0].metrics
+    steps = [10, 20, 30, 40, 50, 60]
+    times = [0, 20, 40, 1200 - 1040, 1230 - 1040, 1250 - 1040]
+    expected = {"tokens": [10 * step for step in steps], "steps": steps, "seconds": times}
+    assert {over: metrics.series("train/ce", over)[0].tolist() for over in gather.Over} == expected
+    assert [metrics.restarts(over) for over in gather.Over] == [[300], [30], [160]]
+
+
+def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_restart(tmp_path: Path) -> None:
+    path = timed(tmp_path / "d", [FIRST, SECOND], created=1000.0, finished="1970-01-01T00:21:30Z")
+    sketches = figures.losses(gather.gather({"d": path}))
+    assert [sketch.tab for sketch in sketches] == ["tokens", "steps", "wall time"]
+    for sketch, place in zip(sketches, (300, 30, 160), strict=True):
+        [axes] = sketch.draw(figures.LIGHT).axes
+        assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [place]
+    text = drawn({"d": path}, tmp_path / "out")
+    chosen = re.findall(r'<input type="radio" name="losses-over" id="show-([a-z-]+)"( checked)?>', text)
+    assert chosen == [("losses", " checked"), ("losses-steps", ""), ("losses-wall-time", "")]
+    assert set(Reader(text).ids) >= {name for name, _ in chosen}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(299, "seconds"), (300, "minutes"), (3 * 3600, "hours"), (4 * 86400, "days")]
+)
+def test_wall_time_has_the_unit_of_its_length(seconds: float, unit: str) -> None:
+    assert figures._axis_of(gather.Over.seconds, seconds)[1].startswith(unit)
 
 
 def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
@@ -559,7 +693,7 @@ def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
     assert model.stage is not None
     tokens, speed = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
     assert (tokens.tolist(), speed.tolist()) == ([0, 100, 200, 300], [5, 5, 7, 7])
-    assert model.stage.metrics.restarts == [100]
+    assert model.stage.metrics.restarts() == [100]
     assert model.stage.restarts == 1
 
 

@@ -23,7 +23,7 @@ from llamita.distill.engines import Engine, MicroBatch
 from llamita.distill.launch import EngineConfig
 from llamita.distill.state import Checkpoints, agree_sum
 from llamita.distill.teachers import Batch, Teacher, mask_for
-from llamita.progress import Progress
+from llamita.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Trainer:
                 self.run.log(self.costs, step=0)
             self.validate()
         batches = iter(self.source)
-        with self.run.watchdog, Progress(self.run.path.name, steps, completed=counters.step) as progress:
+        with self.run.watchdog, TrainingProgress(self.run.path.name, steps, completed=counters.step) as progress:
             while counters.step < steps:
                 stop = self.step_and_log(batches)
                 progress.update(counters.step, self._note())
@@ -185,6 +185,8 @@ class Trainer:
                     self.validate()
                 if self._is_due(self.config.checkpoint_every) or stop:
                     self.save()
+                if self._is_due(self.config.log_every):
+                    progress.tell(self._facts())
                 if stop and counters.step < steps:
                     raise runs.Stopped(f"stopped after step {counters.step} of {steps}; start it again to go on")
         return _finite(self.last)
@@ -314,6 +316,23 @@ class Trainer:
 
     def _note(self) -> str:
         return f"loss {self.last['train/loss']:.4f}"
+
+    def _facts(self) -> dict[str, str]:
+        """What a person who watches wants to know of a step that was logged."""
+        last = self.last
+        facts = {"loss": f"{last['train/loss']:.4f}"}
+        for name in self.validation.sets:
+            if (loss := last.get(f"val/{name}/loss")) is not None:
+                facts[f"{name.replace('_', ' ')} loss"] = f"{loss:.4f}"
+        tokens = last["perf/tokens_per_s_per_gpu"] * self.accelerator.num_processes
+        facts |= {"lr": f"{last['optim/lr']:.2e}", "tokens/s": f"{tokens:,.0f}"}
+        facts |= {
+            "memory": f"{last['perf/memory_gib']:.2f} GiB",
+            "checkpoint": f"{self._saved if self._saved > 0 else '-'}",
+        }
+        if self.counters.skipped:
+            facts["skipped"] = str(self.counters.skipped)
+        return facts
 
     def _log_step(self) -> None:
         """Log this step's averages, and times and speed since the last line."""

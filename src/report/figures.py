@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llamita.report.gather import Array, Kept, Model, Report, Role
+from llamita.report.gather import Array, Kept, Model, Over, Report, Role
 from llamita.shapes import LlamaShape
 
 
@@ -40,20 +41,19 @@ class Palette:
     pruned: str
     distilled: str
     cut: str
-    baselines: tuple[str, ...]
+    others: tuple[str, ...]
 
-    def of(self, model: Model, others: Sequence[Model] = ()) -> str:
-        """The colour of a model; each baseline has its own."""
-        match model.role:
-            case Role.teacher:
-                return self.teacher
-            case Role.pruned:
-                return self.pruned
-            case Role.distilled:
-                return self.distilled
-        alike = [other for other in others if other.role not in (Role.teacher, Role.pruned, Role.distilled)]
-        index = next((i for i, other in enumerate(alike) if other is model), 0)
-        return self.baselines[index % len(self.baselines)]
+    def of(self, model: Model, models: Sequence[Model] = ()) -> str:
+        """The colour of a model: its role's for the first teacher, pruned and distilled one, else one of its own."""
+        firsts = {role: next((m for m in models if m.role is role), model) for role in _ROLES_WITH_COLOURS}
+        if firsts.get(model.role) is model:
+            return str(getattr(self, model.role))
+        rest = [m for m in models if firsts.get(m.role) is not m]
+        index = next((i for i, other in enumerate(rest) if other is model), 0)
+        return self.others[index % len(self.others)]
+
+
+_ROLES_WITH_COLOURS = (Role.teacher, Role.pruned, Role.distilled)
 
 
 LIGHT = Palette(
@@ -65,7 +65,18 @@ LIGHT = Palette(
     pruned="#c4552f",
     distilled="#0e7c6b",
     cut="#d3cfc7",
-    baselines=("#7467b8", "#b3862b", "#4c86b5", "#a8577e"),
+    others=(
+        "#7467b8",
+        "#b3862b",
+        "#4c86b5",
+        "#a8577e",
+        "#6a8f2f",
+        "#8a5a3c",
+        "#c23b6b",
+        "#2f4f9e",
+        "#5f7d8c",
+        "#d06fc0",
+    ),
 )
 DARK = Palette(
     ink="#ebe9e4",
@@ -76,7 +87,18 @@ DARK = Palette(
     pruned="#f08b66",
     distilled="#4ccab2",
     cut="#41464e",
-    baselines=("#aea2f2", "#dcb659", "#86b9e6", "#e091b7"),
+    others=(
+        "#aea2f2",
+        "#dcb659",
+        "#86b9e6",
+        "#e091b7",
+        "#a9cf6b",
+        "#c99a78",
+        "#f0648f",
+        "#7f98f5",
+        "#9fb6c2",
+        "#ec9be0",
+    ),
 )
 NAMES = ("ink", "muted", "grid", "card", "teacher", "pruned", "distilled", "cut")
 
@@ -84,19 +106,19 @@ NAMES = ("ink", "muted", "grid", "card", "teacher", "pruned", "distilled", "cut"
 def variables(palette: Palette) -> dict[str, str]:
     """CSS variables of a palette."""
     named = {f"--{name}": getattr(palette, name) for name in NAMES}
-    return named | {f"--baseline-{index}": colour for index, colour in enumerate(palette.baselines)}
+    return named | {f"--other-{index}": colour for index, colour in enumerate(palette.others)}
 
 
 # Colours that stand for variables while a picture is drawn: no real picture uses them.
 _STAND_IN = {name: f"#fe01{index:02x}" for index, name in enumerate(variables(LIGHT))}
 _VARIABLE = Palette(
     **{name: _STAND_IN[f"--{name}"] for name in NAMES},
-    baselines=tuple(_STAND_IN[f"--baseline-{index}"] for index in range(len(LIGHT.baselines))),
+    others=tuple(_STAND_IN[f"--other-{index}"] for index in range(len(LIGHT.others))),
 )
 
 VARIABLES = Palette(
     **{name: f"--{name}" for name in NAMES},
-    baselines=tuple(f"--baseline-{index}" for index in range(len(LIGHT.baselines))),
+    others=tuple(f"--other-{index}" for index in range(len(LIGHT.others))),
 )
 """Names of the CSS variables themselves."""
 
@@ -108,6 +130,7 @@ class Picture:
     name: str
     title: str
     caption: str
+    tab: str
     svg: str
     """Safe markup: all text in it is escaped."""
 
@@ -120,6 +143,8 @@ class Sketch:
     title: str
     caption: str
     draw: Callable[[Palette], Figure]
+    tab: str = ""
+    """What it is called among pictures of one place, of which the page shows one at a time."""
 
 
 @contextmanager
@@ -162,7 +187,9 @@ def _style(palette: Palette) -> Iterator[None]:
         "figure.constrained_layout.h_pad": 0.06,
         "savefig.facecolor": "auto",
     }
-    with mpl.rc_context(rc):
+    with mpl.rc_context(rc), warnings.catch_warnings():
+        # The page is drawn in the reader's fonts, which have more than the one that measures here.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         yield
 
 
@@ -177,14 +204,20 @@ def picture(sketch: Sketch) -> Picture:
     head, body = svg.split(">", 1)
     view = re.search(r'(?<=viewBox=")[^ ]+ [^ ]+ ([^ ]+) [^"]+', head)
     assert view is not None
-    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{sketch.name}-", body).replace("xlink:href", "href")
-    body = re.sub(r"(font: (?:\d+ )?[\d.]+px |font-family: )[^;\"]+", r"\1var(--sans)", body)
-    for name, colour in _STAND_IN.items():
-        body = body.replace(colour, f"var({name})")
+    # Of elements only: what stands between them are names, which may look like anything.
+    body = re.sub(r"<[^>]*>", lambda element: _for_page(element[0], sketch.name), body)
     # Wider than drawn, its text would be larger than the page's.
     width = round(1.12 * float(view.group(1)))
     svg = f'<svg viewBox="{view.group(0)}" style="max-width:{width}px" role="img" aria-label="{sketch.title}">{body}'
-    return Picture(name=sketch.name, title=sketch.title, caption=sketch.caption, svg=svg)
+    return Picture(name=sketch.name, title=sketch.title, caption=sketch.caption, tab=sketch.tab, svg=svg)
+
+
+def _for_page(element: str, picture: str) -> str:
+    element = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{picture}-", element).replace("xlink:href", "href")
+    element = re.sub(r"(font: (?:\d+ )?[\d.]+px |font-family: )[^;\"]+", r"\1var(--sans)", element)
+    for name, colour in _STAND_IN.items():
+        element = element.replace(colour, f"var({name})")
+    return element
 
 
 def save_png(sketch: Sketch, folder: Path) -> Path:
@@ -247,12 +280,19 @@ def _log_axis(axes: Axes, label: str) -> None:
 def legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """A legend above the axes, in as many columns as there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, int(figure.get_figwidth() * 72 / (60 + 8 * longest)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(columns, len(handles)))
+    columns = min(len(handles), max(1, int(figure.get_figwidth() * 72 / (60 + 8 * longest))))
+    by_column = [handle for column in range(columns) for handle in handles[column::columns]]  # as it fills them
+    figure.legend(handles=by_column, loc="outside upper left", ncols=columns)
+
+
+def printable(text: str) -> str:
+    """Text without the characters by which a terminal is commanded, and which no picture can show."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def clip(text: str, length: int = 28) -> str:
     """A name short enough for a picture."""
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -332,53 +372,108 @@ def recovery(report: Report) -> Sketch | None:
     return Sketch(name="recovery", title="Recovery", caption=caption, draw=draw)
 
 
-def losses(report: Report) -> Sketch | None:
-    """Training losses over tokens: cross-entropy, and divergence from the teacher where there is one."""
-    panels = [("train/ce", "cross-entropy"), ("train/kd", "divergence")]
-    data: dict[str, list[tuple[Model, Array, Array]]] = {}
-    for key, _ in panels:
-        for model in report.models:
-            if model.stage is not None and model.role is not Role.teacher:
-                tokens, values = model.stage.metrics.series(key)
-                if len(values) > 1:
-                    data.setdefault(key, []).append((model, tokens, values))
-    panels = [(key, label) for key, label in panels if key in data]
-    if not panels:
+LOSSES = {"train/ce": "cross-entropy", "train/kd": "divergence"}
+TABS = {Over.tokens: "tokens", Over.steps: "steps", Over.seconds: "wall time"}
+
+
+def losses(report: Report) -> list[Sketch]:
+    """Training losses over tokens, steps and wall time: with the text, and from the teacher where there is one."""
+    return [sketch for over in Over if (sketch := _losses_over(report, over)) is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A metric of one run, and where the run was started again."""
+
+    model: Model
+    at: Array
+    values: Array
+    restarts: list[float]
+
+
+def _lines(report: Report, name: str, over: Over) -> list[_Line]:
+    found = []
+    for model in report.models:
+        if model.stage is not None:
+            metrics = model.stage.metrics
+            at, values = metrics.series(name, over)
+            if len(values) > 1:
+                found.append(_Line(model=model, at=at, values=values, restarts=metrics.restarts(over)))
+    return found
+
+
+def _losses_over(report: Report, over: Over) -> Sketch | None:
+    """Each panel is one loss."""
+    data = {name: _lines(report, name, over) for name in LOSSES}
+    data = {name: [line for line in lines if line.model.role is not Role.teacher] for name, lines in data.items()}
+    data = {name: lines for name, lines in data.items() if lines}
+    if not data:
         return None
+    scale, label = _axis_of(over, max(float(line.at[-1]) for lines in data.values() for line in lines))
 
     def draw(palette: Palette) -> Figure:
-        figure, grid = new_figure(880, 280, 1, len(panels), squeeze=False)
-        models: dict[str, str] = {}
-        for axes, (key, label) in zip(grid[0], panels, strict=True):
+        figure, grid = new_figure(880, 280, 1, len(data), squeeze=False)
+        shown: dict[int, _Line] = {}
+        for axes, (name, lines) in zip(grid[0], data.items(), strict=True):
             tails = []
-            for model, tokens, values in data[key]:
-                colour = palette.of(model, report.models)
-                models[clip(model.name)] = colour
-                smooth = _noisy(axes, tokens, values, colour)
+            for line in lines:
+                colour = palette.of(line.model, report.models)
+                shown.setdefault(id(line.model), line)
+                _mark_restarts(axes, [place / scale for place in line.restarts], colour)
+                smooth = _noisy(axes, line.at / scale, line.values, colour, stretches=400)
                 tails += smooth[len(smooth) // 8 :].tolist()
             low, high = min(tails), max(tails)
-            axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
+            margin = 0.06 * max(high - low, 0.01 * abs(high), 1e-6)
+            axes.set_ylim(low - margin, high + margin)
             axes.set_xlim(left=0)
-            axes.set_ylabel(f"{label}, nats per token")
-            count_axis(axes, "training tokens")
-        handles = [Line2D([], [], color=colour, label=name) for name, colour in models.items()]
-        legend(figure, handles)
+            axes.set_ylabel(f"{LOSSES[name]}, nats per token")
+            count_axis(axes, label)
+        _legend_of(figure, list(shown.values()), palette, report)
         return figure
 
     return Sketch(
-        name="losses",
+        name="losses" if over is Over.tokens else f"losses-{slug(TABS[over])}",
         title="Training losses",
         caption="Cross-entropy with the text, and divergence from the teacher: each logged step and the mean around "
-        "it, over training tokens.",
+        f"it, over {'wall time' if over is Over.seconds else label}.",
         draw=draw,
+        tab=TABS[over],
     )
 
 
-def _noisy(axes: Axes, x: Array, values: Array, colour: str) -> Array:
+def _axis_of(over: Over, longest: float) -> tuple[float, str]:
+    """By how much to divide what a curve is drawn over, and what it is called then."""
+    match over:
+        case Over.tokens:
+            return 1.0, "training tokens"
+        case Over.steps:
+            return 1.0, "steps"
+        case Over.seconds:
+            units = ((4 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))
+            size, unit = next((size, unit) for least, size, unit in units if longest >= least)
+            return float(size), f"{unit} since the first row"
+
+
+def _mark_restarts(axes: Axes, places: Sequence[float], colour: str) -> None:
+    for place in places:
+        axes.axvline(place, color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
+
+
+def _legend_of(figure: Figure, lines: Sequence[_Line], palette: Palette, report: Report) -> None:
+    """The runs by colour, and what a dashed line is where there is one."""
+    handles = [
+        Line2D([], [], color=palette.of(line.model, report.models), label=clip(line.model.name)) for line in lines
+    ]
+    if any(line.restarts for line in lines):
+        handles.append(Line2D([], [], color=palette.muted, linewidth=1.2, linestyle=(0, (2, 2)), label="restart"))
+    legend(figure, handles)
+
+
+def _noisy(axes: Axes, x: Array, values: Array, colour: str, *, stretches: int = 800) -> Array:
     """A faint line and the mean around it, which is returned."""
     smooth = smoothed(values)
-    axes.plot(*thinned(x, values), color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(*thinned(x, smooth), color=colour, linewidth=1.8)
+    axes.plot(*thinned(x, values, stretches), color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(*thinned(x, smooth, stretches // 2), color=colour, linewidth=1.8)
     return smooth
 
 
@@ -635,32 +730,22 @@ def layers(kept: Kept) -> Sketch | None:
 
 def throughput(report: Report) -> Sketch | None:
     """Tokens per second over training, with restarts."""
-    data = []
-    for model in report.models:
-        if model.stage is not None:
-            tokens, values = model.stage.metrics.series("perf/tokens_per_s_per_gpu")
-            if len(values) > 1:
-                data.append((model, tokens, values, model.stage.metrics.restarts))
-    if not data:
+    lines = _lines(report, "perf/tokens_per_s_per_gpu", Over.tokens)
+    if not lines:
         return None
 
     def draw(palette: Palette) -> Figure:
         figure, axes = new_figure(880, 250)
-        handles = []
-        for model, tokens, values, places in data:
-            colour = palette.of(model, report.models)
-            _noisy(axes, tokens, values, colour)
-            for place in places:
-                axes.axvline(place, color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
-            handles.append(Line2D([], [], color=colour, label=clip(model.name)))
-        if any(places for *_, places in data):
-            handles.append(Line2D([], [], color=palette.muted, linewidth=1.2, linestyle=(0, (2, 2)), label="restart"))
+        for line in lines:
+            colour = palette.of(line.model, report.models)
+            _noisy(axes, line.at, line.values, colour)
+            _mark_restarts(axes, line.restarts, colour)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.set_ylabel("tokens per second and device")
         count_axis(axes, "training tokens")
-        legend(figure, handles)
+        _legend_of(figure, lines, palette, report)
         return figure
 
     return Sketch(

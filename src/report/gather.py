@@ -51,8 +51,17 @@ class Parent:
         return {self.sha256} | ({str(Path(self.path).resolve())} if self.path else set())
 
 
+class Over(StrEnum):
+    """What a curve is drawn over."""
+
+    tokens = "tokens"
+    steps = "steps"
+    seconds = "seconds"
+    """Of wall time since the run's first row, pauses between its starts included."""
+
+
 class Metrics:
-    """The numbers of ``metrics.jsonl`` that the page shows, by name.
+    """The numbers of ``metrics.jsonl`` that the page shows, by name, and the steps that were done twice.
 
     They are kept as columns: a million rows as dictionaries would take gigabytes.
     """
@@ -60,20 +69,36 @@ class Metrics:
     SHOWN = ("data/tokens", "perf/", "prune/error/", "prune/seconds/", "train/ce", "train/kd", "val/")
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        steps, starts = array("q"), array("q")
+        steps, starts, times = array("q"), array("q"), array("d")
         found: dict[str, tuple[array[int], array[float]]] = {}
         for number, row in enumerate(rows):
             steps.append(row["step"])
             starts.append(row.get("restart", 0))
+            times.append(_number(row.get("time")))
             for name, value in row.items():
-                if name.startswith(self.SHOWN) and isinstance(value, int | float) and math.isfinite(value):
+                if name.startswith(self.SHOWN) and math.isfinite(_number(value)):
                     if name not in found:
                         found[name] = array("q"), array("d")
                     found[name][0].append(number)
                     found[name][1].append(value)
-        self.steps: Array = np.array(steps, dtype=np.int64)
-        self._starts: Array = np.array(starts, dtype=np.int64)
-        self._columns = {name: (np.array(at, dtype=np.int64), np.array(v)) for name, (at, v) in found.items()}
+        all_steps, all_starts = np.array(steps, dtype=np.int64), np.array(starts, dtype=np.int64)
+        all_times = np.array(times, dtype=np.float64)
+        kept = _kept(all_steps, all_starts)
+        self.lost_steps = _lost_steps(all_steps, all_starts, kept)
+        """Steps that were done again after a restart, as far as they were logged."""
+        self.last_time = float(np.nanmax(all_times)) if np.isfinite(all_times).any() else None
+        """When the last row was written, in seconds since 1970."""
+        self.steps: Array = all_steps[kept]
+        self._starts: Array = all_starts[kept]
+        self._seconds: Array = (
+            (all_times - np.nanmin(all_times))[kept] if self.last_time is not None else all_times[kept]
+        )
+        place = np.cumsum(kept) - 1
+        self._columns: dict[str, tuple[Array, Array]] = {}
+        for name, (numbers, values) in found.items():
+            at = np.array(numbers, dtype=np.int64)
+            if kept[at].any():
+                self._columns[name] = place[at[kept[at]]], np.array(values)[kept[at]]
 
     @property
     def names(self) -> list[str]:
@@ -87,12 +112,23 @@ class Metrics:
     def _column(self, name: str) -> tuple[Array, Array]:
         return self._columns.get(name, (np.empty(0, dtype=np.int64), np.empty(0)))
 
-    def series(self, name: str) -> tuple[Array, Array]:
-        """Values of one metric over the tokens that the run had seen when it logged them.
+    def series(self, name: str, over: Over = Over.tokens) -> tuple[Array, Array]:
+        """Values of one metric over what the run had done when it logged them; those of an unknown place are left out.
 
-        Tokens may stand in another row of the same step; a value of a step without any is left out.
+        Tokens may stand in another row of the same step.
         """
         rows, values = self._column(name)
+        match over:
+            case Over.tokens:
+                at = self._tokens_at(rows)
+            case Over.steps:
+                at = self.steps[rows].astype(np.float64)
+            case Over.seconds:
+                at = self._seconds[rows]
+        known = np.isfinite(at)
+        return at[known], values[known]
+
+    def _tokens_at(self, rows: Array) -> Array:
         token_rows, tokens = self._column("data/tokens")
         at = np.full(len(rows), math.nan)
         at[self.steps[rows] == 0] = 0.0
@@ -100,15 +136,49 @@ class Metrics:
         steps, last = np.unique(self.steps[token_rows][::-1], return_index=True)
         _look_up(at, self.steps[rows], steps, tokens[::-1][last])
         _look_up(at, rows, token_rows, tokens)
-        known = np.isfinite(at)
-        return at[known], values[known]
+        return at
+
+    def restarts(self, over: Over = Over.tokens) -> list[float]:
+        """Where the run was started again: the tokens or steps that it went on from, or when its first row came."""
+        before = np.flatnonzero(np.diff(self._starts))
+        match over:
+            case Over.tokens:
+                token_rows, tokens = self._column("data/tokens")
+                seen = np.searchsorted(token_rows, before, side="right")
+                return [float(tokens[count - 1]) if count else 0.0 for count in seen]
+            case Over.steps:
+                return [float(step) for step in self.steps[before]]
+            case Over.seconds:
+                return [float(at) for at in self._seconds[before + 1] if math.isfinite(at)]
 
     @property
-    def restarts(self) -> list[float]:
-        """Tokens at which the run was started again."""
-        token_rows, tokens = self._column("data/tokens")
-        seen = np.searchsorted(token_rows, np.flatnonzero(np.diff(self._starts)), side="right")
-        return [float(tokens[count - 1]) if count else 0.0 for count in seen]
+    def step_seconds(self) -> float:
+        """Wall time in the optimiser steps that count: of each stretch between two logged ones, steps times mean."""
+        rows, means = self._column("perf/step_s")
+        return float((np.diff(self.steps[rows], prepend=0).clip(0) * means).sum())
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _kept(steps: Array, starts: Array) -> Array:
+    """Which rows count: not those that a later start supersedes."""
+    earliest = {int(start): int(steps[starts == start].min()) for start in np.unique(starts)}
+    first = runs.superseded_from(earliest)
+    kept = np.ones(len(steps), dtype=bool)
+    for start, step in first.items():
+        kept[(starts == start) & (steps >= step)] = False
+    return kept
+
+
+def _lost_steps(steps: Array, starts: Array, kept: Array) -> int:
+    """Of each start, the steps between the last of its that count, or that it went on from, and its last one."""
+    lost = 0
+    for start in np.unique(starts[~kept]):
+        reached = steps[(starts == start) & ~kept].max()
+        lost += int(reached - steps[(starts <= start) & kept].max(initial=0))
+    return lost
 
 
 def _look_up(into: Array, wanted: Array, keys: Array, values: Array) -> None:
@@ -166,13 +236,27 @@ class Stage:
         return int(self.identity.get("restarts", 0))
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether a run goes on, or ended early; a foreign model directory is as it is."""
+        return self.recipe is not None and self.done is None
+
+    @property
     def seconds(self) -> float | None:
-        """Wall time from the first start to the end, pauses between restarts included."""
+        """Wall time from the first start to the end, or to the last row; pauses between starts are included."""
         created = self.identity.get("created")
-        if created is None or self.done is None or "finished" not in self.done:
-            return None
-        finished = datetime.datetime.fromisoformat(self.done["finished"]).timestamp()
-        return max(0.0, finished - float(created))
+        ends = [] if self.metrics.last_time is None else [self.metrics.last_time]
+        if self.done is not None and "finished" in self.done:  # told in whole seconds
+            ends.append(datetime.datetime.fromisoformat(self.done["finished"]).timestamp())
+        return None if created is None or not ends else max(0.0, max(ends) - float(created))
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the wall time that went into optimiser steps which count towards the result.
+
+        Starting, validating, saving, pauses between starts, and steps that were done again do not count.
+        """
+        counting = self.metrics.step_seconds
+        return min(1.0, counting / self.seconds) if self.seconds and counting else None
 
 
 def read_stage(name: str, path: Path) -> Stage:
@@ -194,7 +278,7 @@ def read_stage(name: str, path: Path) -> Stage:
         path=path,
         recipe=saved.get("recipe"),
         settings=saved.get("settings") or {},
-        metrics=Metrics(runs.metric_rows(path) if (path / "metrics.jsonl").is_file() else ()),
+        metrics=Metrics(runs.all_rows(path) if (path / "metrics.jsonl").is_file() else ()),
         done=done,
         identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
         provenance=_optional_json(path / checkpoints.PROVENANCE),
@@ -238,6 +322,11 @@ class Model:
     def tokens(self) -> int | None:
         """Tokens that it was trained on, as far as a run tells."""
         return 0 if self.role is Role.pruned else self.stage.tokens if self.stage else None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether its run is, so that all its values are those of a model on its way."""
+        return self.stage is not None and self.stage.is_unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,11 +389,14 @@ class Report:
 
     @property
     def result(self) -> Model | None:
-        """The model that the page is about: the best distilled one, else a pruned one."""
-        distilled = [model for model in self.models if model.role is Role.distilled]
-        if distilled:
-            return min(distilled, key=_bits)
-        return self.first(Role.pruned)
+        """The model that the page is about: the best distilled one whose run is finished, else a pruned one."""
+        return _headline(self.models)
+
+
+def _headline(models: Sequence[Model]) -> Model | None:
+    distilled = [model for model in models if model.role is Role.distilled and not model.is_unfinished]
+    pruned = [model for model in models if model.role is Role.pruned]
+    return min(distilled, key=_bits) if distilled else pruned[0] if pruned else None
 
 
 def _bits(model: Model) -> float:
@@ -381,8 +473,8 @@ def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -
         if measured and not any(model is other for other in measured):
             model.values = {}
     _set_starts(models, stages)
-    order = list(Role)
-    return sorted(models, key=lambda model: order.index(model.role))
+    order, headline = list(Role), _headline(models)
+    return sorted(models, key=lambda model: (order.index(model.role), model is not headline))
 
 
 def _measured_model(models: Sequence[Model], name: str, entry: Mapping[str, Any]) -> Model | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
 import time
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llamita import runs
+from llamita import progress, runs
 from llamita.report import figures, mended, searches
 from llamita.report.figures import Sketch
 from llamita.report.gather import Estimate, Model, Report, Role, Stage
@@ -38,11 +39,12 @@ def write(report: Report, out: Path) -> list[str]:
 
 def _sketches(report: Report) -> dict[str, list[Sketch]]:
     """Pictures by section; a section without any is absent."""
-    groups = {
+    groups: dict[str, list[Sketch | None]] = {
         "recovery": [figures.recovery(report)],
         "parameters": [_parameters(report)],
         "tasks": [figures.tasks(report)],
-        "training": [figures.losses(report), figures.throughput(report)],
+        "losses": [*figures.losses(report)],
+        "training": [figures.throughput(report)],
     }
     for index, search in enumerate(_searches(report)):
         groups[f"search-{index}"] = [searches.pareto(search)]
@@ -116,7 +118,7 @@ def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
 
 def _safe(sketch: Sketch) -> dict[str, Any]:
     picture = figures.picture(sketch)
-    return {"name": picture.name, "title": picture.title, "caption": picture.caption, "svg": picture.svg}
+    return dataclasses.asdict(picture)
 
 
 def estimate(value: Estimate | None, digits: int = 3) -> str:
@@ -139,14 +141,8 @@ def signed(number: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    """Seconds as people say them, or a dash."""
+    return "–" if seconds is None else progress.duration(seconds)
 
 
 def _title(report: Report) -> str:
@@ -192,7 +188,8 @@ def verdict(report: Report) -> list[tuple[str, bool]]:
 def _against_baselines(result: Model, report: Report) -> str:
     """How the result compares with models of other making, in words."""
     mine = result.values["bits_per_byte"].value
-    rivals = [m for m in report.models if m.role is Role.baseline and "bits_per_byte" in m.values]
+    baselines = [model for model in report.models if model.role is Role.baseline and not model.is_unfinished]
+    rivals = [model for model in baselines if "bits_per_byte" in model.values]
     if not rivals:
         return ""
     better = [m for m in rivals if m.values["bits_per_byte"].value > mine]
@@ -237,10 +234,17 @@ def _row(model: Model, report: Report) -> dict[str, Any]:
         "model": model,
         "colour": f"var({colour})",
         "main": model is report.result,
+        "role": _role(model),
         "parameters": model.shape.num_parameters if model.shape else None,
         "values": model.values,
         "share": None if model.recovered is None else max(0.0, min(1.0, model.recovered)),
     }
+
+
+def _role(model: Model) -> str:
+    """What the model is, where its name does not say so, and whether it is on its way still."""
+    told = [] if model.name == model.role else [str(model.role)]
+    return ", ".join([*told, *(["not finished"] if model.is_unfinished else [])])
 
 
 def _gaps(report: Report) -> list[dict[str, Any]]:
@@ -305,8 +309,11 @@ def _training_row(model: Model, stage: Stage, report: Report) -> dict[str, Any]:
         "step": step,
         "shares": {name: value / step for name, value in shares.items() if value is not None and step},
         "save": _mean(stage, "perf/save_s"),
-        "restarts": max(stage.restarts, len(stage.metrics.restarts)),
+        "restarts": max(stage.restarts, len(stage.metrics.restarts())),
+        "lost_steps": stage.metrics.lost_steps,
+        "goodput": stage.goodput,
         "duration": stage.seconds,
+        "unfinished": stage.is_unfinished,
     }
 
 
@@ -338,7 +345,7 @@ def environment_now() -> dict[str, str]:
 
 def terminal_table(report: Report) -> Table:
     """The headline table for a terminal; names are text, not markup."""
-    table = Table(header_style="bold", title=Text(_title(report), style="bold"), title_justify="left")
+    table = Table(header_style="bold", title=_text(_title(report), style="bold"), title_justify="left")
     for column in ("model", "parameters", "bits/byte", "perplexity", "KL", "top-1", "recovered", "tokens"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
     for model in report.models:
@@ -353,10 +360,14 @@ def terminal_table(report: Report) -> Table:
             figures.short(model.tokens) if model.tokens is not None else "–",
         ]
         style = "bold" if model is report.result else ""
-        table.add_row(
-            Text(f"{model.name} ({model.role})" if model.name != model.role else model.name), *cells, style=style
-        )
+        role = _role(model)
+        table.add_row(_text(f"{model.name} ({role})" if role else model.name), *cells, style=style)
     return table
+
+
+def _text(name: str, style: str = "") -> Text:
+    """Text of a terminal that is neither markup nor the terminal's own commands."""
+    return Text(figures.printable(name), style=style)
 
 
 def show(report: Report, page: Path) -> None:

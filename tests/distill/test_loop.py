@@ -538,3 +538,17 @@ def test_a_weight_that_is_not_finite_is_never_published(tmp_path: Path) -> None:
 
 def test_statistics_have_one_name_each() -> None:
     assert len(losses.statistics(["one", "two"])) == 7
+
+
+def test_a_log_gets_one_line_with_all_facts_for_each_logged_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = toy.go(tmp_path / "run", log_every=2, checkpoint_every=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run: ")]
+    assert [line.split("  ")[0] for line in lines] == [f"run: step {step}/6" for step in (2, 4, 6)]
+    assert [line.partition("checkpoint ")[2].split()[0] for line in lines] == ["-", "4", "6"]
+    logged = losses_of(tmp_path / "run")
+    assert all(f"  loss {logged[step]:.4f}  " in line for step, line in zip((2, 4, 6), lines, strict=True))
+    assert f"  held loss {losses_of(tmp_path / 'run', 'val/held/loss')[6]:.4f}  " in lines[-1]
+    assert f"  lr {job.last['optim/lr']:.2e}  tokens/s {job.last['perf/tokens_per_s_per_gpu']:,.0f}  " in lines[-1]
+    assert f"  memory {job.last['perf/memory_gib']:.2f} GiB  " in lines[-1]
