@@ -307,7 +307,8 @@ def validate(instruction_id: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{instruction_id} needs the arguments {sorted(kind.arguments)}, got {sorted(arguments)}")
     for name, wanted in kind.arguments.items():
         value: Any = arguments[name]
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        is_of_type = isinstance(value, wanted) and not isinstance(value, bool)
+        if not is_of_type:
             raise ValueError(f"{instruction_id}: {name} must be of type {wanted.__name__}, got {value!r}")
         if wanted is list and not (value and all(isinstance(item, str) and item for item in value)):
             raise ValueError(f"{instruction_id}: {name} must be a list of words, got {value!r}")
