@@ -134,14 +134,7 @@ def new_accelerator(config: EngineConfig, deepspeed: DeepSpeedConfig, *, clip_no
     # mixed_precision stays "no" whatever the launcher's file says: the student sets its own autocast.
     if deepspeed.stage == 0:
         return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # it would keep accelerate from DeepSpeed
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
-    # DeepSpeed's own calls, once per collective.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*_tensor. is deprecated", category=FutureWarning)
-    if on_cpu:
-        _use_gloo_alone()
+    prepare_for_deepspeed()
     micro_batches = config.micro_batches(world_size())
     spread = {"stage": deepspeed.stage, **deepspeed.config.get("zero_optimization", {})}
     half = config.precision.dtype(torch.device("cpu" if on_cpu else "cuda")) is torch.bfloat16
@@ -165,6 +158,18 @@ def new_accelerator(config: EngineConfig, deepspeed: DeepSpeedConfig, *, clip_no
         gradient_accumulation_steps=micro_batches,
         kwargs_handlers=handlers,
     )
+
+
+def prepare_for_deepspeed() -> None:
+    """Set what DeepSpeed looks for in the environment, before anything of it is made."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # it would keep accelerate from DeepSpeed
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(_free_port())
+    # DeepSpeed's own calls, once per collective.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*_tensor. is deprecated", category=FutureWarning)
+    if not torch.cuda.is_available():
+        _use_gloo_alone()
 
 
 def _use_gloo_alone() -> None:

@@ -1,0 +1,212 @@
+"""Preference pairs: their ids, what a model says of them, and direct preference optimisation on them.
+
+Shape letters: N = pairs, B = pairs of a micro-batch, S = positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from llamita import chat, checkpoints, runs
+from llamita.align.dialogues import Pair, Refused
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pairs as ids."""
+
+    ids: list[str]
+    """What the data calls them."""
+    prompt: list[list[int]]
+    """With the header of the answer."""
+    chosen: list[list[int]]
+    """With the end of its turn."""
+    rejected: list[list[int]]
+    too_long: int = 0
+    """Pairs that were left out because a side has more tokens than are allowed."""
+    refused: int = 0
+    """Pairs that the chat template cannot write."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode(pairs: Sequence[Pair], encoder: chat.Encoder, *, max_length: int, name: str) -> Rows:
+    """All pairs of which both sides fit.
+
+    Raises:
+        ValueError: none is left, or the template refuses more than a few.
+    """
+    refused = Refused()
+    rows = Rows([], [], [], [])
+    too_long = 0
+    for pair in pairs:
+        try:
+            prompt, chosen = encoder.answer(pair.prompt, pair.chosen)
+            _, rejected = encoder.answer(pair.prompt, pair.rejected)
+        except ValueError as error:
+            refused.add(f"{name} {pair.id}", str(error))
+            continue
+        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            too_long += 1
+            continue
+        rows.ids.append(pair.id)
+        rows.prompt.append(prompt)
+        rows.chosen.append(chosen)
+        rows.rejected.append(rejected)
+    refused.check(name, len(rows) + too_long)
+    if not len(rows):
+        raise ValueError(f"max_length={max_length} is too small for all {too_long} pairs of {name}")
+    return Rows(rows.ids, rows.prompt, rows.chosen, rows.rejected, too_long, refused.total)
+
+
+def dataset(rows: Rows, reference_N2: Tensor | None = None) -> Dataset:
+    """The rows as TRL's trainers read them, with the reference's log-probabilities where they are given."""
+    columns: dict[str, Any] = {"prompt_ids": rows.prompt, "chosen_ids": rows.chosen, "rejected_ids": rows.rejected}
+    if reference_N2 is not None:
+        columns["ref_chosen_logps"], columns["ref_rejected_logps"] = reference_N2.T.tolist()
+    return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pairs of a micro-batch as tensors [2 B, S]: the chosen above, the rejected below, padded on the right.
+
+    ``completion_mask`` is 1 where the loss counts: on what the answers say. The header of an answer stands in the
+    prompt, and the token that ends its turn is left out as well: both sides have these tokens, which a contrastive
+    loss would pull both ways (Llama Team, 2024, arXiv:2407.21783, section 4.1.4).
+    """
+
+    pad_id: int
+    stop_ids: tuple[int, ...]
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        sides = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in examples]
+        length = max(len(prompt) + len(answer) for prompt, answer in sides)
+        ids = torch.full((len(sides), length), self.pad_id)
+        attention, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (prompt, answer) in enumerate(sides):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor([*prompt, *answer])
+            attention[row, :end] = 1
+            counts[row, len(prompt) : end] = 1
+        counts &= ~torch.isin(ids, torch.tensor(self.stop_ids))
+        batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": counts}
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+def shares(rows: Rows, batch: int) -> Iterator[list[int]]:
+    """The pairs of this rank, in batches of nearly equal lengths; every rank has as many batches.
+
+    Ranks that have none left are given the longest pair again: a model that is spread over them needs all at once.
+    """
+    state = PartialState()
+    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(rows.prompt, rows.chosen, rows.rejected, strict=True)]
+    by_length = sorted(range(len(rows)), key=lambda row: -lengths[row])
+    world = state.num_processes
+    for first in range(0, len(by_length), batch * world):
+        mine = by_length[first : first + batch * world][state.process_index :: world]
+        yield mine or by_length[:1]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any,
+    rows: Rows,
+    collate: Collator,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    before_each: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Sum of log p(token | before) over the counted tokens of both answers, [N, 2], float64, on every rank.
+
+    ``model`` has TRL's fused head, so that this is the training's own arithmetic; ``before_each`` is called before
+    each batch, on every rank.
+    """
+    device = PartialState().device
+    found: list[tuple[int, float, float]] = []
+    was_training = model.training
+    model.eval()
+    columns = dataset(rows)
+    for mine in shares(rows, batch):
+        before_each()
+        inputs = {key: value.to(device) for key, value in collate([columns[row] for row in mine]).items()}
+        with torch.autocast(device.type, torch.bfloat16) if dtype is torch.bfloat16 else contextlib.nullcontext():
+            sums = _sums(model, inputs).double().sum(1)
+        chosen, rejected = sums.chunk(2)
+        found += zip(mine, chosen.tolist(), rejected.tolist(), strict=True)
+    model.train(was_training)
+    table = torch.empty(len(rows), 2, dtype=torch.float64)
+    for row, *sums_of_row in gather_object(found):
+        table[row] = torch.tensor(sums_of_row, dtype=torch.float64)
+    return table
+
+
+def _sums(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    outputs = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+        labels=labels,
+        fused_lm_head=True,
+    )
+    found: Tensor = outputs.log_probs
+    return found
+
+
+def measured_once(file: Path, about: Mapping[str, str], measure: Callable[[], Tensor]) -> Tensor:
+    """What ``measure`` gives, kept in ``file`` for later starts; ``about``, on the main process: what it depends on.
+
+    Every rank calls this and gets the same.
+    """
+    found: list[Any] = [None]
+    if runs.is_main_process() and file.is_file():
+        tensors, metadata = checkpoints.read_tensors(file)
+        found = [tensors["sums"] if metadata == dict(about) else None]
+    broadcast_object_list(found)
+    if found[0] is None:
+        found = [measure()]
+        if runs.is_main_process():
+            file.parent.mkdir(exist_ok=True)
+            checkpoints.write_tensors(file, {"sums": found[0]}, about)
+    table: Tensor = found[0]
+    return table
+
+
+def with_fused_head(model: Any) -> Any:
+    """Let a model give the log-probabilities of given tokens without its logits, as TRL's trainers do."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model)
+    return model
+
+
+def preferred(policy_N2: Tensor, reference_N2: Tensor, beta: float) -> dict[str, float]:
+    """How often, and by how much, the chosen answer of a held-out pair is ahead; a tie counts half.
+
+    By the implicit reward beta (log p(y) - log p_ref(y)) of Rafailov et al. (2023, arXiv:2305.18290, equation 5), and
+    by log p(y) alone, which can be compared with that of a model which no reference was used for.
+    """
+    rewards = beta * (policy_N2 - reference_N2)
+    found = {}
+    for name, sides in (("dpo", rewards), ("logp", policy_N2)):
+        margin = sides[:, 0] - sides[:, 1]
+        ahead = (margin > 0).double() + 0.5 * (margin == 0).double()
+        found[f"val/held_out/{name}_accuracy"] = ahead.mean().item()
+        found[f"val/held_out/{name}_margin"] = margin.mean().item()
+    return found

@@ -1,0 +1,261 @@
+"""Settings of an alignment stage, and what they are called by TRL's trainers.
+
+What this project decides has a name of its own here. Everything else that a trainer of TRL can be told passes through
+the mapping ``trainer`` as it is; a key that the trainer does not have, or that one of our settings decides, is refused
+before anything is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from llamita import runs
+
+log = logging.getLogger(__name__)
+
+
+class Precision(StrEnum):
+    """The arithmetic of the layers; trained weights and the optimiser's states are float32 always."""
+
+    auto = "auto"
+    """bfloat16 on a GPU, float32 on a CPU."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The torch dtype that it means on ``device``."""
+        if self is Precision.auto:
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return cast(torch.dtype, getattr(torch, self.value))
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Whether adapters are trained in the place of the weights (Hu et al., 2021, arXiv:2106.09685)."""
+
+    rank: int = 0
+    """0: no adapters; all weights are trained."""
+    alpha: float | None = None
+    """The correction is multiplied by alpha / rank; unset: twice the rank."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be >= 0, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be > 0 and finite, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in 0..1, 1 excluded, got {self.dropout}")
+        if not self.rank and (self.alpha is not None or self.dropout):
+            raise ValueError("lora.alpha and lora.dropout need lora.rank, got 0")
+
+    def of_peft(self, task: str) -> Any:
+        """As peft wants it, for all projections of every layer; ``None`` without adapters."""
+        if not self.rank:
+            return None
+        import peft
+
+        return peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            modules_to_save=["score"] if task == "SEQ_CLS" else None,
+            bias="none",
+            task_type=task,
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """How long to train, on how much at a time, and when to save and log."""
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    epochs: int = 1
+    """Passes over the data; a pass has as many steps as it has whole batches."""
+    steps: int | None = None
+    """Optimiser steps, in the place of ``epochs``."""
+    global_batch_rows: int = 64
+    """Rows of one optimiser step, over all ranks."""
+    micro_batch_rows: int = 1
+    """Rows that one rank holds at a time; changes memory and speed, never the result."""
+    max_length: int = 4096
+    """Tokens of a prompt with its answer; a longer row is left out and counted."""
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay; while the run goes on, at least 2."""
+    log_every: int = 1
+    max_skipped_in_a_row: int = 5
+    """Steps in a row without a finite loss and gradient that end the run."""
+    precision: Precision = Precision.auto
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer and compute the rest again in the backward pass."""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """More of TRL's own settings, passed on as they are."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
+        positive = ("epochs", "global_batch_rows", "micro_batch_rows", "checkpoint_every", "log_every")
+        for name in (*positive, "max_skipped_in_a_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches of one rank in one step.
+
+        Raises:
+            ValueError: the rows cannot be divided so.
+        """
+        if self.global_batch_rows % (self.micro_batch_rows * world_size):
+            raise ValueError(
+                f"global_batch_rows must be a multiple of micro_batch_rows * processes = {self.micro_batch_rows} * "
+                f"{world_size}, got {self.global_batch_rows}"
+            )
+        return self.global_batch_rows // (self.micro_batch_rows * world_size)
+
+    def num_steps(self, rows: int, each: int = 1) -> int:
+        """Optimiser steps on so many rows, of which each fills ``each`` places of a batch.
+
+        Raises:
+            ValueError: there are too few for one step.
+        """
+        a_pass = rows * each // self.global_batch_rows
+        if self.steps is not None and rows:
+            return self.steps
+        if not a_pass:
+            raise ValueError(
+                f"global_batch_rows={self.global_batch_rows} is more than the data has: {rows} rows to train on"
+                + (f", {each} places each" if each > 1 else "")
+            )
+        return self.epochs * a_pass
+
+
+MAY_CHANGE = (
+    "micro_batch_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_skipped_in_a_row",
+    "activation_checkpointing",
+)
+"""Settings that a restart may change: they move speed, memory and bookkeeping, not what is learnt."""
+
+
+def order(rows: int, wanted: int, seed: int) -> list[int]:
+    """Which row stands at each of ``wanted`` places of a whole run: pass after pass, each in an order of its own.
+
+    A pure function of its arguments, so that a restart, on however many processes, goes on where the run was.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[int] = []
+    while len(found) < wanted:
+        found += torch.randperm(rows, generator=generator).tolist()
+    return found[:wanted]
+
+
+def check_installed() -> None:
+    """Raise ``ValueError`` where TRL is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise ValueError("this recipe needs TRL, which is not installed: pip install 'llamita[align]'")
+
+
+def check_keys(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse settings of ``trainer`` that this trainer does not have, or that are decided elsewhere.
+
+    Raises:
+        ValueError: naming the first of them, and what is near it.
+    """
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
+    for key in sorted(given):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"trainer.{key}={given[key]}: {kind.__name__} of TRL has no such setting{hint}")
+        if key in ours:
+            raise ValueError(f"trainer.{key}={given[key]} is decided by this recipe's own settings; remove it")
+
+
+def settings_of(
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    world_size: int,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What TRL is told by our settings, whichever the trainer."""
+    on_cpu = not torch.cuda.is_available()
+    half = config.precision.dtype(torch.device("cpu" if on_cpu else "cuda")) is torch.bfloat16
+    told: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "max_steps": steps,
+        "per_device_train_batch_size": config.micro_batch_rows,
+        "per_device_eval_batch_size": config.micro_batch_rows,
+        "gradient_accumulation_steps": config.micro_batches(world_size),
+        "gradient_checkpointing": config.activation_checkpointing,
+        "bf16": half,
+        "fp16": False,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_strategy": "steps",
+        "logging_steps": config.log_every,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": None,  # ours are removed only once the next is whole
+        "eval_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": int(runs.COLLECTIVE_TIMEOUT.total_seconds()),
+        "dataloader_pin_memory": not on_cpu,
+        "use_cpu": on_cpu and deepspeed is None,
+    }
+    if deepspeed is not None:
+        told["deepspeed"] = dict(deepspeed)
+    elif on_cpu and "RANK" in os.environ:
+        told["ddp_backend"] = "gloo"  # not told, every process of a launch on CPUs believes that it is alone
+    return told
+
+
+def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+    """TRL's own object of settings; makes the process group, so every rank must come here.
+
+    Raises:
+        ValueError: as :func:`check_keys`, or TRL refuses a value.
+    """
+    check_keys(kind, given, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            made = kind(**ours, **given)
+        except TypeError as error:
+            raise ValueError(f"{kind.__name__} of TRL refuses trainer={dict(given)}: {error}") from error
+    return made

@@ -1,0 +1,284 @@
+"""What a trainer of TRL does for our run directory: metrics, stops, whole checkpoints, and finite weights alone.
+
+``checkpoints/checkpoint-N/`` is written by transformers, where it lies. It counts only once its ``MANIFEST.json`` is
+there, which is written last and names every file with its hash; whatever has none is removed by the next start. An
+older one is removed only after that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from llamita import checkpoints, runs
+from llamita.progress import Progress
+
+log = logging.getLogger(__name__)
+
+STATE = "llamita_state.json"
+FEWEST = 2
+"""As many checkpoints are kept while the run goes on, whatever is asked for."""
+ROWS_NAMED = 8
+
+
+def agree_sum(value: float) -> float:
+    """The sum of ``value`` over ranks."""
+    state = PartialState()
+    tensor = torch.tensor([value], dtype=torch.float64, device=state.device)
+    return float(reduce(tensor, reduction="sum").item())
+
+
+def raise_if_stopped(run: runs.Run) -> None:
+    """Raise ``Stopped`` on every rank where any was asked to stop; for work beside the steps, which is done again."""
+    if agree_sum(run.stop.is_set()):
+        raise runs.Stopped(f"stopped in {run.path}; start it again to go on")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of all folders that look like checkpoints, oldest first."""
+    names = [path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints."""
+    for step in steps_in(folder)[: -keep or None]:
+        shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, the same on every rank; those that are not whole are removed."""
+    found: list[Any] = [None]
+    if runs.is_main_process():
+        for step in reversed(steps_in(folder)):
+            path = folder / f"checkpoint-{step}"
+            if (reason := checkpoints.check_manifest(path, hashes=found[0] is None)) is not None:
+                log.warning("%s is not whole and is removed: %s", path, reason)
+                shutil.rmtree(path)
+            elif found[0] is None:
+                found[0] = str(path)
+    broadcast_object_list(found)
+    return None if found[0] is None else Path(found[0])
+
+
+class Watch(TrainerCallback):
+    """Listens to a trainer for one run; every rank has one.
+
+    ``names`` maps TRL's metrics to ours; others are logged as ``FAMILY/NAME``. ``rows_of`` names the rows of a step;
+    ``found`` is the checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        run: runs.Run,
+        *,
+        steps: int,
+        family: str,
+        names: Mapping[str, str],
+        parents: Mapping[str, str],
+        keep: int,
+        max_skipped_in_a_row: int,
+        rows_of: Callable[[int], Sequence[str]],
+        found: Path | None = None,
+    ) -> None:
+        self.run = run
+        self.steps = steps
+        self.last: dict[str, float] = {}
+        self.stopped = False
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self._family = family
+        self._names = {"loss": "train/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/lr", **names}
+        self._parents = dict(parents)
+        self._keep = max(FEWEST, keep)
+        self._limit = min(max_skipped_in_a_row, steps)
+        self._rows_of = rows_of
+        self._found = found
+        self._progress: Progress | None = None
+        self._began = time.perf_counter()
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.run.path / "checkpoints"
+
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            ValueError: it was trained from other weights or data.
+        """
+        found = self._found
+        if found is None:
+            return None
+        state = runs.read_mapping(found / STATE)
+        if agree_sum(runs.is_main_process() and state["parents"] != self._parents):
+            raise ValueError(f"{found} was trained from other models or data than those that are there now")
+        self.last = dict(state["last"])
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        log.info("going on from %s", found)
+        return found
+
+    def judge(self, step: int, *, finite: bool, spoilt: bool) -> None:
+        """Count a step that was left out because its loss or gradient is not finite on some rank.
+
+        ``spoilt``: the optimiser has used the gradient already, so that the weights are lost.
+
+        Raises:
+            ValueError: there were too many in a row, or one has spoilt the weights.
+        """
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        ids = list(dict.fromkeys(self._rows_of(step)))
+        rows = ", ".join(ids[:ROWS_NAMED]) + (", …" if len(ids) > ROWS_NAMED else "")
+        log.warning("step %d is skipped: no finite loss and gradient; its rows are %s", step, rows)
+        if spoilt or self.skipped_in_a_row >= self._limit:
+            raise ValueError(
+                f"{self.skipped_in_a_row} steps in a row had no finite loss and gradient, the last was step {step} "
+                f"with the rows {rows}; look at them and at the weights, or lower learning_rate; checkpoints from "
+                "before are as they were"
+            )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show where the run stands."""
+        self._progress = Progress(self.run.path.name, self.steps, completed=state.global_step)
+        self._progress.__enter__()
+        self._began = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop showing it."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if self._progress is not None:
+            self._progress.__exit__()
+            self._progress = None
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say that this process lives."""
+        self.run.watchdog.beat()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask all ranks whether to stop: what was done is saved then."""
+        self.run.watchdog.beat()
+        if self._progress is not None:
+            loss = self.last.get("train/loss")
+            self._progress.update(state.global_step, "" if loss is None else f"loss {loss:.4f}")
+        if agree_sum(self.run.stop.is_set()):
+            control.should_save = True
+            control.should_training_stop = True
+            self.stopped = state.global_step < self.steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Log what is finite, by our names; what a skipped step gave is not."""
+        if not logs or "train_runtime" in logs:
+            return
+        found = {self._named(name): value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+        values = {
+            name: float(value)
+            for name, value in found.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        now = time.perf_counter()
+        values |= {"optim/skipped_steps": self.skipped, "perf/interval_s": now - self._began}
+        self._began = now
+        self.last |= values
+        self.run.log(values, step=state.global_step)
+
+    def _named(self, name: str) -> str:
+        return self._names.get(name, f"{self._family}/{name.replace('/', '_')}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the newest checkpoint count, and only then remove older ones."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            if (metrics := self.run.path / "metrics.jsonl").is_file():
+                runs.fsync(metrics)
+            path = self.folder / f"checkpoint-{state.global_step}"
+            told = {"parents": self._parents, "last": self.last, "skipped": self.skipped}
+            runs.write_json(path / STATE, {**told, "skipped_in_a_row": self.skipped_in_a_row})
+            runs.crash_point("after_shards")
+            checkpoints.write_manifest(path)
+            runs.fsync(self.folder)
+            runs.crash_point("after_rename")
+            prune(self.folder, self._keep)
+        processes.wait_for_everyone()
+        self.run.watchdog.beat()
+
+
+class Watched:
+    """Mixed into a trainer of TRL, before it: a gradient that is not finite never reaches the weights.
+
+    Without DeepSpeed the step is left out on every rank. DeepSpeed takes the step within the backward pass, so there
+    the run ends at once, and goes on from the checkpoint before when it is started again.
+    """
+
+    watch: Watch
+    _is_bad: torch.Tensor | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the trainer's; remembers whether the loss was finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        bad = ~torch.isfinite(loss)
+        self._is_bad = bad if self._is_bad is None else self._is_bad | bad
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the trainer's; every rank comes here once a step, after the backward pass."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        bad = bool(self._is_bad) or not math.isfinite(float(norm))
+        self._is_bad = None
+        is_bad = agree_sum(bad) > 0
+        deepspeed: bool = self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        step: int = self.state.global_step + 1  # type: ignore[attr-defined]
+        self.watch.judge(step, finite=not is_bad, spoilt=is_bad and deepspeed)
+        if is_bad:
+            for parameter in model.parameters():
+                parameter.grad = None  # AdamW leaves out what has none, its moments included
+        return norm
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: ``llamita.json`` says what was done."""
+
+    def _send_telemetry(self) -> None:
+        """None: a run tells nobody."""
+
+
+def train(trainer: Any, watch: Watch) -> dict[str, float]:
+    """Train to the last step, from the newest whole checkpoint where there is one; returns the newest metrics.
+
+    Raises:
+        Stopped: the run was asked to stop; a checkpoint of the last step is whole.
+        ValueError: the losses or gradients stay not finite.
+    """
+    trainer.watch = watch
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    resume = watch.resume_from()
+    try:
+        with watch.run.watchdog:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        watch.close()
+    if watch.stopped:
+        step = trainer.state.global_step
+        raise runs.Stopped(f"stopped after step {step} of {watch.steps}; start it again to go on")
+    return dict(watch.last)

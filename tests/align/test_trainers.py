@@ -1,0 +1,112 @@
+"""Our settings as TRL's, and what counts as a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamita import checkpoints
+from llamita.align import trainers, watch
+
+
+@dataclass
+class Foreign:
+    learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    inner: int = dataclasses.field(default=0, init=False)
+
+
+def test_a_key_that_the_trainer_does_not_have_is_named_with_what_is_near_it() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.weight_deacy=1: Foreign of TRL has no such.*mean weight_decay"):
+        trainers.check_keys(Foreign, {"weight_deacy": 1}, {})
+    with pytest.raises(ValueError, match=r"trainer\.inner"):
+        trainers.check_keys(Foreign, {"inner": 1}, {})
+
+
+def test_a_key_that_our_settings_decide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.learning_rate=1 is decided by this recipe's own settings"):
+        trainers.check_keys(Foreign, {"learning_rate": 1}, {"learning_rate": 2})
+
+
+def test_settings_pass_through_as_they_are() -> None:
+    assert trainers.arguments(Foreign, {"weight_decay": 0.5}, {"learning_rate": 2.0}) == Foreign(2.0, 0.5)
+
+
+def test_every_pass_of_an_order_holds_each_row_once_and_a_longer_run_begins_with_the_shorter() -> None:
+    whole = trainers.order(7, 21, seed=3)
+    assert [sorted(whole[first : first + 7]) for first in (0, 7, 14)] == [list(range(7))] * 3
+    assert whole[:7] != whole[7:14]
+    assert trainers.order(7, 11, seed=3) == whole[:11]
+    assert trainers.order(7, 21, seed=4) != whole
+
+
+def test_micro_batches_are_what_is_left_of_the_global_batch() -> None:
+    config = trainers.TrainingConfig(global_batch_rows=24, micro_batch_rows=2)
+    assert config.micro_batches(4) == 3
+    with pytest.raises(ValueError, match=r"multiple of micro_batch_rows \* processes = 2 \* 5, got 24"):
+        config.micro_batches(5)
+
+
+def test_steps_are_those_of_whole_batches_or_as_told() -> None:
+    config = trainers.TrainingConfig(global_batch_rows=4, epochs=3)
+    assert config.num_steps(9) == 6
+    assert dataclasses.replace(config, steps=11).num_steps(9) == 11
+    with pytest.raises(ValueError, match="global_batch_rows=4 is more than the data has: 3 rows"):
+        config.num_steps(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("steps", 0),
+        ("max_length", 1),
+        ("checkpoint_every", 0),
+        ("warmup_steps", -1),
+        ("keep_checkpoints", -1),
+    ],
+)
+def test_a_setting_without_meaning_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be.*{value}"):
+        trainers.TrainingConfig(**{name: value})
+
+
+def test_adapters_are_described_only_where_there_are_some() -> None:
+    with pytest.raises(ValueError, match=r"lora\.alpha and lora\.dropout need lora\.rank"):
+        trainers.AdapterConfig(alpha=3.0)
+
+
+def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(f"weights of step {step}")
+    if whole:
+        checkpoints.write_manifest(path)
+    return path
+
+
+def test_a_checkpoint_that_is_not_whole_is_removed_and_the_newest_whole_one_is_gone_on_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, damaged, half = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4), checkpoint(tmp_path, 10, whole=False)
+    (damaged / "weights").write_text("weights of step 9")  # as many bytes
+    with caplog.at_level(logging.WARNING):
+        assert watch.newest(tmp_path) == good
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert f"{half} is not whole and is removed" in caplog.text
+    assert f"{damaged} is not whole and is removed: weights has another content" in caplog.text
+
+
+def test_the_newest_by_step_stay(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        checkpoint(tmp_path, step)
+    watch.prune(tmp_path, 2)
+    assert watch.steps_in(tmp_path) == [4, 10]
+    watch.prune(tmp_path, 0)
+    assert watch.steps_in(tmp_path) == []
