@@ -208,7 +208,7 @@ def setting_names(schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_listed_setting_is_one_of_a_recipe(recipe: Callable[[str], ModuleType]) -> None:
-    schemas = {"distill": "Distill", "prune": "Prune", "cache": "Cache", "prepare": "Prepare", "evaluate": "Evaluate"}
-    known = {name for module, schema in schemas.items() for name in setting_names(getattr(recipe(module), schema))}
+    modules = ("distill", "prune", "cache", "prepare", "evaluate", "sft")
+    known = {name for module in modules for name in setting_names(getattr(recipe(module), module.capitalize()))}
     unused = [p for p in sinks.SENT_SETTINGS if p != "recipe" and not fnmatch.filter(known, p)]
     assert not unused, sorted(known)
