@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import calibration
+import overhead
 from conftest import REPOSITORY, tiny_model
 from llamita import runs
 from llamita.prune import importance, plan, stream, surgery
@@ -109,3 +112,48 @@ def test_a_training_step_is_measured_behind_the_warm_up_with_and_without_its_tea
     assert (row["perf/teacher_tflops_per_gpu"] == 0) == (way == "cached")
     assert row["perf/total_mfu"] >= row["perf/student_mfu"] > 0
     assert "| small | small teacher | " + way in module.table([row])
+
+
+def test_what_watching_costs_is_measured_on_the_shapes_of_the_demo() -> None:
+    demo = yaml.safe_load((REPOSITORY / "configs/pipeline/demo.yaml").read_text())["stages"]
+    told = {
+        name: dict(override.split("=") for override in demo[stage]["overrides"] if override.startswith(prefix))
+        for name, stage, prefix in (("TEACHER", "teacher", "student.shape."), ("STUDENT", "pruned", "target."))
+    }
+    for name, overrides in told.items():
+        assert overrides
+        for setting, value in overrides.items():
+            assert getattr(getattr(overhead, name), setting.rpartition(".")[2]) == yaml.safe_load(value), setting
+    assert {f"global_batch_rows={overhead.ROWS}"} <= set(demo["distilled"]["overrides"])
+    assert {f"sequence_length={overhead.LENGTH}", "tokenizer.vocab_size=2048"} <= set(demo["data"]["overrides"])
+
+
+def test_a_cost_is_what_a_block_takes_more_than_that_of_its_round() -> None:
+    """A machine that is twice as slow in the second round changes no share."""
+    plain = [overhead.Cost(10.0, 5.0, 0.0), overhead.Cost(20.0, 10.0, 0.0), overhead.Cost(10.0, 5.0, 0.0)]
+    costs = [overhead.Cost(11.0, 5.1, 0.5), overhead.Cost(22.0, 10.2, 1.0), overhead.Cost(11.0, 5.1, 0.5)]
+    assert overhead.share(costs, plain, "wall") == pytest.approx((0.1, 0.1, 0.1))
+    assert overhead.share(costs, plain, "cpu", 0.2) == pytest.approx((0.004, 0.004, 0.004))
+    assert overhead.share(costs, plain, "inside") == pytest.approx((0.05, 0.05, 0.05))
+
+
+def test_every_way_of_watching_does_what_it_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name in ("TEACHER", "STUDENT"):
+        monkeypatch.setattr(overhead, name, dataclasses.replace(getattr(overhead, name), **small, vocab_size=64))
+    monkeypatch.setattr(overhead, "LENGTH", 16)
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--rounds=2", "--block=4", "--log-every=2"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = overhead.parsed()
+    options.rounds = 1
+    with overhead.bench(tmp_path / "run", options) as it:
+        found = overhead.measure(it, options)
+        assert found[overhead.NOTHING][0].inside < found[overhead.CHECKPOINTS][0].inside
+        assert it.job.counters.step == 2 * 4 * 4
+    rows = runs.read_metrics(tmp_path / "run")
+    assert len([row for row in rows if "train/loss" in row]) == 2 * 2 * (4 // 2)
+    assert len([row for row in rows if "perf/save_s" in row]) == 2
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == len(list((tmp_path / "run" / "wandb").glob("o*")))
+    options.block = 1
+    found = {way: [overhead.Cost(1.0, 1.0, 0.01)] * 2 for way in overhead.WAYS}
+    assert "| checkpoints | each 100 steps | 0.00% (0.00% to 0.00%)" in overhead.table(found, options)
