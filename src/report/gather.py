@@ -299,7 +299,12 @@ class Role(StrEnum):
     pruned = "pruned"
     distilled = "distilled"
     baseline = "baseline"
+    aligned = "aligned"
     other = "model"
+
+
+ALIGNING = ("sft", "dpo", "rl", "average")
+"""Recipes whose models go on from a language model, and whose own held-out rows are dialogues."""
 
 
 @dataclass(kw_only=True)
@@ -448,9 +453,9 @@ def _models(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, Any]]) -
     teachers = _teacher_keys(stages, evaluations)
     models: list[Model] = []
     for stage in stages:
-        if stage.shape is not None or stage.recipe == "distill":
+        if (stage.shape is not None and stage.recipe != "reward") or stage.recipe in ("distill", *ALIGNING):
             model = Model(name=stage.name, role=_role(stage, stages, teachers), shape=stage.shape, stage=stage)
-            model.values = _last_values(stage)
+            model.values = {} if model.role is Role.aligned else _last_values(stage)
             models.append(model)
     measured: list[Model] = []
     for evaluation in evaluations:
@@ -533,6 +538,8 @@ def _teacher_keys(stages: Sequence[Stage], evaluations: Sequence[Mapping[str, An
 def _role(stage: Stage, stages: Sequence[Stage], teachers: set[str]) -> Role:
     if stage.keys & teachers:
         return Role.teacher
+    if stage.recipe in ALIGNING:
+        return Role.aligned
     match stage.recipe:
         case "prune":
             return Role.pruned
@@ -586,7 +593,7 @@ def _curves(models: Sequence[Model]) -> tuple[str | None, list[Curve]]:
     curves = []
     used = None
     for model in models:
-        if model.stage is None or model.role is Role.teacher:
+        if model.stage is None or model.role in (Role.teacher, Role.aligned):
             continue
         name = _held_out_set(model.stage.metrics)
         tokens, values = model.stage.metrics.series(f"val/{name}/bits_per_byte")
