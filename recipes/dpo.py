@@ -102,7 +102,8 @@ def train(config: Dpo, this: runs.Run) -> None:
     stage.hash_parents(model=config.model.path)
     model = preferences.with_fused_head(stage.load(config.model.path))
     collate = preferences.Collator(given.encoder.borders.pad_id, tuple(given.encoder.stop_ids))
-    reference = _reference(stage, model, rows, collate)
+    with trainers.not_yet_spread(stage.arguments):
+        reference = _reference(stage, model, rows, collate)
     before = _held_out(config, reference, reference.get("validation"))
     counts = {f"data/{split}_{what}": count for split, part in rows.items() for what, count in _counts(part)}
     stage.log_start(counts | before)
