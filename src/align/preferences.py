@@ -78,6 +78,13 @@ def dataset(rows: Rows, reference_N2: Tensor | None = None) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def dialogues(rows: Rows) -> Dataset:
+    """The rows as TRL's trainer of reward models reads them: each side with its prompt."""
+    sides = {"chosen_ids": rows.chosen, "rejected_ids": rows.rejected}
+    whole = {name: [[*p, *a] for p, a in zip(rows.prompt, part, strict=True)] for name, part in sides.items()}
+    return Dataset.from_dict(whole)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pairs of a micro-batch as tensors [2 B, S]: the chosen above, the rejected below, padded on the right.
@@ -123,18 +130,19 @@ def shares(rows: Rows, batch: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def log_probabilities(
+def measured(
     model: Any,
     rows: Rows,
     collate: Collator,
+    say: Callable[[Any, dict[str, Tensor]], Tensor],
     *,
     batch: int,
     dtype: torch.dtype,
     before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Sum of log p(token | before) over the counted tokens of both answers, [N, 2], float64, on every rank.
+    """What ``say(model, inputs)`` gives for both sides of all pairs, [N, 2], float64, on every rank.
 
-    ``model`` has TRL's fused head, so that this is the training's own arithmetic; ``before_each`` is called before
+    ``say`` returns one number for each row of a micro-batch of :class:`Collator`; ``before_each`` is called before
     each batch, on every rank.
     """
     device = PartialState().device
@@ -146,17 +154,20 @@ def log_probabilities(
         before_each()
         inputs = {key: value.to(device) for key, value in collate([columns[row] for row in mine]).items()}
         with torch.autocast(device.type, torch.bfloat16) if dtype is torch.bfloat16 else contextlib.nullcontext():
-            sums = _sums(model, inputs).double().sum(1)
-        chosen, rejected = sums.chunk(2)
+            chosen, rejected = say(model, inputs).double().chunk(2)
         found += zip(mine, chosen.tolist(), rejected.tolist(), strict=True)
     model.train(was_training)
     table = torch.empty(len(rows), 2, dtype=torch.float64)
-    for row, *sums_of_row in gather_object(found):
-        table[row] = torch.tensor(sums_of_row, dtype=torch.float64)
+    for row, *both in gather_object(found):
+        table[row] = torch.tensor(both, dtype=torch.float64)
     return table
 
 
-def _sums(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def log_probabilities(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Sum of log p(token | before) over the counted tokens of each row, [2 B], float64.
+
+    ``model`` has TRL's fused head, so that this is the training's own arithmetic.
+    """
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     outputs = model(
         input_ids=inputs["input_ids"],
@@ -165,7 +176,15 @@ def _sums(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         labels=labels,
         fused_lm_head=True,
     )
-    found: Tensor = outputs.log_probs
+    sums: Tensor = outputs.log_probs.double().sum(1)
+    return sums
+
+
+def rewards(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The reward of each row of a ``LlamaForSequenceClassification``, [2 B]: at the row's last token."""
+    found: Tensor = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).logits.squeeze(1)
     return found
 
 
@@ -202,11 +221,14 @@ def preferred(policy_N2: Tensor, reference_N2: Tensor, beta: float) -> dict[str,
     By the implicit reward beta (log p(y) - log p_ref(y)) of Rafailov et al. (2023, arXiv:2305.18290, equation 5), and
     by log p(y) alone, which can be compared with that of a model which no reference was used for.
     """
-    rewards = beta * (policy_N2 - reference_N2)
-    found = {}
-    for name, sides in (("dpo", rewards), ("logp", policy_N2)):
-        margin = sides[:, 0] - sides[:, 1]
-        ahead = (margin > 0).double() + 0.5 * (margin == 0).double()
-        found[f"val/held_out/{name}_accuracy"] = ahead.mean().item()
-        found[f"val/held_out/{name}_margin"] = margin.mean().item()
-    return found
+    return {**ahead("dpo", beta * (policy_N2 - reference_N2)), **ahead("logp", policy_N2)}
+
+
+def ahead(name: str, sides_N2: Tensor) -> dict[str, float]:
+    """Share of pairs whose chosen side is ahead, a tie counting half, and by how much on average."""
+    margin = sides_N2[:, 0] - sides_N2[:, 1]
+    wins = (margin > 0).double() + 0.5 * (margin == 0).double()
+    return {
+        f"val/held_out/{name}_accuracy": wins.mean().item(),
+        f"val/held_out/{name}_margin": margin.mean().item(),
+    }

@@ -266,11 +266,11 @@ def not_yet_spread(arguments: Any) -> Iterator[None]:
     if deepspeed is None:
         yield
         return
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        set_hf_deepspeed_config(deepspeed)
+        set_hf_deepspeed_config(deepspeed)  # type: ignore[no-untyped-call]
 
 
 def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:

@@ -269,7 +269,7 @@ def train(trainer: Any, watch: Watch) -> dict[str, float]:
     """
     trainer.watch = watch
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     resume = watch.resume_from()
