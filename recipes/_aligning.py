@@ -193,6 +193,10 @@ class Stage:
         resting = self.precision if self.config.lora.rank else torch.float32
         return checkpoints.load_model(path, dtype=resting, device=self.device, attn_implementation="sdpa")
 
+    def load_other(self, path: Path) -> Any:
+        """A model that rests, in the precision of the arithmetic."""
+        return checkpoints.load_model(path, dtype=self.precision, device=self.device, attn_implementation="sdpa").eval()
+
     def handed_over(self, model: Any) -> Any:
         """The model where its trainer wants it: DeepSpeed itself brings to the device what stays there."""
         return model.cpu() if self.config.deepspeed.stage else model

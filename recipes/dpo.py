@@ -135,7 +135,7 @@ def _reference(
         file = stage.run.path / "reference" / f"{split}.safetensors"
         say = preferences.log_probabilities
         measure = functools.partial(stage.say_of_pairs, model, part, collate, say)
-        found[split] = preferences.measured_once(file, about, measure)
+        found[split] = watch.measured_once(file, about, measure)
     return found
 
 

@@ -95,7 +95,7 @@ def train(config: Reward, this: runs.Run) -> None:
         file = this.path / "reference" / "validation.safetensors"
         about = {"precision": str(stage.precision), **stage.parents}
         with trainers.not_yet_spread(stage.arguments):
-            before = preferences.ahead("reward", preferences.measured_once(file, about, say))
+            before = preferences.ahead("reward", watch.measured_once(file, about, say))
     counts = _aligning.counts(rows)
     stage.log_start(counts | before)
     steps = told["max_steps"]

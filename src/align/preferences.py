@@ -6,18 +6,17 @@ Shape letters: N = pairs, B = pairs of a micro-batch, S = positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from llamita import chat, checkpoints, runs
+from llamita import chat
 from llamita.align.dialogues import Pair, Refused
 
 
@@ -186,25 +185,6 @@ def rewards(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
     ).logits.squeeze(1)
     return found
-
-
-def measured_once(file: Path, about: Mapping[str, str], measure: Callable[[], Tensor]) -> Tensor:
-    """What ``measure`` gives, kept in ``file`` for later starts; ``about``, on the main process: what it depends on.
-
-    Every rank calls this and gets the same.
-    """
-    found: list[Any] = [None]
-    if runs.is_main_process() and file.is_file():
-        tensors, metadata = checkpoints.read_tensors(file)
-        found = [tensors["sums"] if metadata == dict(about) else None]
-    broadcast_object_list(found)
-    if found[0] is None:
-        found = [measure()]
-        if runs.is_main_process():
-            file.parent.mkdir(exist_ok=True)
-            checkpoints.write_tensors(file, {"sums": found[0]}, about)
-    table: Tensor = found[0]
-    return table
 
 
 def with_fused_head(model: Any) -> Any:

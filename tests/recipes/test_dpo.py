@@ -94,7 +94,7 @@ def test_loss_and_gradient_are_those_of_a_dense_float64_loss_for_every_split(
     rows = preferences.encode(preferred.pairs(0, 10), encoder, max_length=128, name="pairs")
     say = preferences.log_probabilities
     table = preferences.measured(other, rows, collate, say, batch=3, dtype=torch.float32)
-    monkeypatch.setattr(preferences, "measured_once", lambda *_: table)
+    monkeypatch.setattr(watch, "measured_once", lambda *_: table)
     config = settings(module, folder, tmp_path / "out", micro_batch_rows=micro, steps=1, validation_pairs=0)
     module.run(config)
     row = first_row(tmp_path / "out")
@@ -261,7 +261,7 @@ def test_settings_and_data_without_meaning_are_named(
             lora=trainers.AdapterConfig(rank=2),
             deepspeed=launch.DeepSpeedConfig(stage=3),
         )
-    preferred.data(tmp_path / "empty", train={"tasks": preferred.tasks(0, 2)})
+    preferred.data(tmp_path / "empty", {"train": {"tasks": preferred.tasks(0, 2)}})
     data = module._aligning.DataConfig(path=tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has no train\.pairs\.jsonl; it has 2 in train\.tasks\.jsonl"):
         module.run(settings(module, folder, tmp_path / "out", data=data))
