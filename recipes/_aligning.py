@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from transformers import LlamaConfig
 
 from llamita import chat, checkpoints, estimate, preflight, runs
-from llamita.align import published, trainers, watch
+from llamita.align import preferences, published, trainers, watch
 from llamita.align.dialogues import DialogueData
 from llamita.distill import launch
 
@@ -86,9 +86,34 @@ def open_all(config: AlignConfig, kind: str) -> Given:
     return Given(stored.config, stored.dtype, encoder, data)
 
 
-def world_size() -> int:
-    """Processes of this launch."""
-    return launch.world_size()
+def encoded(config: AlignConfig, given: Given, *, held_out: int) -> dict[str, preferences.Rows]:
+    """The pairs of both splits as ids, at most ``held_out`` of the second; with 0 there is none.
+
+    Raises:
+        ValueError: there are none, or none fits.
+    """
+    if held_out:
+        given.data.need("validation", "pairs")
+    pairs = {"train": given.data.pairs("train"), "validation": given.data.pairs("validation")[:held_out]}
+    return {
+        split: preferences.encode(part, given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl")
+        for split, part in pairs.items()
+        if part or split == "train"
+    }
+
+
+def counts(rows: Mapping[str, preferences.Rows]) -> dict[str, float]:
+    """How many pairs are used, and how many are left out."""
+    found: dict[str, float] = {}
+    for split, part in rows.items():
+        kinds = {"pairs": len(part), "too_long": part.too_long, "refused": part.refused}
+        found |= {f"data/{split}_{kind}": number for kind, number in kinds.items()}
+    return found
+
+
+def rows_of(order: Sequence[int], ids: Sequence[str], rows: int) -> Callable[[int], list[str]]:
+    """The names of the rows of a step."""
+    return lambda step: [ids[row] for row in order[(step - 1) * rows : step * rows]]
 
 
 def zero(config: AlignConfig) -> dict[str, Any] | None:
@@ -168,6 +193,10 @@ class Stage:
         resting = self.precision if self.config.lora.rank else torch.float32
         return checkpoints.load_model(path, dtype=resting, device=self.device, attn_implementation="sdpa")
 
+    def load_other(self, path: Path) -> Any:
+        """A model that rests, in the precision of the arithmetic."""
+        return checkpoints.load_model(path, dtype=self.precision, device=self.device, attn_implementation="sdpa").eval()
+
     def handed_over(self, model: Any) -> Any:
         """The model where its trainer wants it: DeepSpeed itself brings to the device what stays there."""
         return model.cpu() if self.config.deepspeed.stage else model
@@ -184,6 +213,29 @@ class Stage:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(settings, name, getattr(tokenizer, name))
         return tokenizer
+
+    def say_of_pairs(
+        self,
+        model: Any,
+        rows: preferences.Rows,
+        collate: preferences.Collator,
+        say: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    ) -> torch.Tensor:
+        """What a model says of both sides of pairs; a stop is heard between batches."""
+        return preferences.measured(
+            model,
+            rows,
+            collate,
+            say,
+            batch=self.config.micro_batch_rows,
+            dtype=self.precision,
+            before_each=self.breathe,
+        )
+
+    def breathe(self) -> None:
+        """Between pieces of work beside the steps: say that this process lives, and hear a stop on every rank."""
+        self.run.watchdog.beat()
+        watch.raise_if_stopped(self.run)
 
     def watch(
         self, family: str, names: Mapping[str, str], rows_of: Callable[[int], Sequence[str]], steps: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 from _main import command, exit_with, store  # isort: skip
 
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -68,16 +69,8 @@ def check(config: Dpo) -> tuple[_aligning.Given, dict[str, preferences.Rows], di
     """
     trainers.check_installed()
     given = _aligning.open_all(config, "pairs")
-    if config.validation_pairs:
-        given.data.need("validation", "pairs")
-    rows = {
-        split: preferences.encode(
-            given.data.pairs(split)[:most], given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl"
-        )
-        for split, most in (("train", None), ("validation", config.validation_pairs))
-        if most != 0
-    }
-    from trl import DPOConfig
+    rows = _aligning.encoded(config, given, held_out=config.validation_pairs)
+    from trl.trainer.dpo_config import DPOConfig
 
     told = _aligning.told(
         config,
@@ -93,7 +86,7 @@ def check(config: Dpo) -> tuple[_aligning.Given, dict[str, preferences.Rows], di
 
 def train(config: Dpo, this: runs.Run) -> None:
     """The run itself: what the reference says, training, what the policy says, and the model."""
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     from llamita.align.dpo_trainer import PairTrainer
 
@@ -102,9 +95,10 @@ def train(config: Dpo, this: runs.Run) -> None:
     stage.hash_parents(model=config.model.path)
     model = preferences.with_fused_head(stage.load(config.model.path))
     collate = preferences.Collator(given.encoder.borders.pad_id, tuple(given.encoder.stop_ids))
-    reference = _reference(stage, model, rows, collate)
+    with trainers.not_yet_spread(stage.arguments):
+        reference = _reference(stage, model, rows, collate)
     before = _held_out(config, reference, reference.get("validation"))
-    counts = {f"data/{split}_{what}": count for split, part in rows.items() for what, count in _counts(part)}
+    counts = _aligning.counts(rows)
     stage.log_start(counts | before)
     steps = told["max_steps"]
     order = trainers.order(len(rows["train"]), steps * config.global_batch_rows, config.run.seed)
@@ -117,38 +111,18 @@ def train(config: Dpo, this: runs.Run) -> None:
         peft_config=config.lora.of_peft("CAUSAL_LM"),
         nll_weight=config.nll_weight,
     )
-
-    def rows_of(step: int) -> list[str]:
-        places = order[(step - 1) * config.global_batch_rows : step * config.global_batch_rows]
-        return [rows["train"].ids[row] for row in places]
-
+    rows_of = _aligning.rows_of(order, rows["train"].ids, config.global_batch_rows)
     metrics: dict[str, Any] = watch.train(trainer, stage.watch("dpo", NAMES, rows_of, steps))
     if "validation" in rows:
-        policy = _said(stage, trainer.model_wrapped, rows["validation"], collate)
+        policy = stage.say_of_pairs(trainer.model_wrapped, rows["validation"], collate, preferences.log_probabilities)
         after = _held_out(config, reference, policy)
         this.log(after, step=steps)
         metrics |= after | {f"before/{name}": value for name, value in before.items()}
     stage.finish(trainer, metrics | counts)
 
 
-def _counts(rows: preferences.Rows) -> list[tuple[str, int]]:
-    return [("pairs", len(rows)), ("too_long", rows.too_long), ("refused", rows.refused)]
-
-
 def _held_out(config: Dpo, reference: dict[str, torch.Tensor], policy: torch.Tensor | None) -> dict[str, float]:
     return {} if policy is None else preferences.preferred(policy, reference["validation"], config.beta)
-
-
-def _said(stage: _aligning.Stage, model: Any, rows: preferences.Rows, collate: preferences.Collator) -> torch.Tensor:
-    """What a model says of the pairs; a stop is heard between batches."""
-
-    def before_each() -> None:
-        stage.run.watchdog.beat()
-        watch.raise_if_stopped(stage.run)
-
-    return preferences.log_probabilities(
-        model, rows, collate, batch=stage.config.micro_batch_rows, dtype=stage.precision, before_each=before_each
-    )
 
 
 def _reference(
@@ -159,7 +133,9 @@ def _reference(
     for split, part in rows.items():
         about = {"precision": str(stage.precision), **stage.parents}
         file = stage.run.path / "reference" / f"{split}.safetensors"
-        found[split] = preferences.measured_once(file, about, lambda part=part: _said(stage, model, part, collate))
+        say = preferences.log_probabilities
+        measure = functools.partial(stage.say_of_pairs, model, part, collate, say)
+        found[split] = watch.measured_once(file, about, measure)
     return found
 
 

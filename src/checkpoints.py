@@ -92,9 +92,17 @@ def is_classifier(config: LlamaConfig) -> bool:
     return config.architectures == ["LlamaForTokenClassification"]
 
 
+def is_reward_model(config: LlamaConfig) -> bool:
+    """Whether the configuration is of a ``LlamaForSequenceClassification``: one number for a whole dialogue."""
+    return config.architectures == ["LlamaForSequenceClassification"]
+
+
 def stored_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in the files of a model of that configuration."""
     tensors = shape_of(config).tensors()
+    if is_reward_model(config):
+        tensors.pop("lm_head.weight", None)
+        tensors["score.weight"] = (config.num_labels, config.hidden_size)
     if is_classifier(config):
         tensors["score.weight"] = tensors.pop("lm_head.weight")
         tensors["score.bias"] = tensors["score.weight"][:1]
@@ -162,7 +170,7 @@ class Weights:
 
     def head(self) -> Tensor:
         """The output matrix, which is the embedding where the two are tied."""
-        if is_classifier(self.config):
+        if is_classifier(self.config) or is_reward_model(self.config):
             return self["score.weight"]
         return self["model.embed_tokens.weight" if self.shape.tie_word_embeddings else "lm_head.weight"]
 
@@ -218,12 +226,14 @@ def load_model(
 
     Raises:
         ValueError: as :class:`Weights`; a missing or unexpected tensor is never filled in or passed over. Or the
-            model has fewer output than input rows, so it is no language model any more.
+            model has fewer output than input rows, or rewards for outputs, so it is no language model any more.
     """
     weights = Weights(path)
     config = weights.config
     if is_classifier(config):
         raise ValueError(f"{path} is a token classifier of {config.num_labels} output rows, not a language model")
+    if is_reward_model(config):
+        raise ValueError(f"{path} is a reward model, which gives one number for a dialogue, not a language model")
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     model = meta_model(config, dtype=dtype or weights.dtype, device=device)

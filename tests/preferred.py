@@ -54,7 +54,7 @@ def tasks(first: int, last: int, **check: Any) -> list[Task]:
     return [Task(f"task-{n}", asked(n), check) for n in range(first, last)]
 
 
-def data(folder: Path, training: int = 10, validation: int = 6, **rows: Any) -> Path:
+def data(folder: Path, rows: Any = None, *, training: int = 10, validation: int = 6) -> Path:
     """A directory as the recipe ``dialogues`` writes it; ``rows`` by split, in the place of pairs and tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     last = training + validation

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from llamita.align.watch import Watched
 
 
-class PairTrainer(Watched, DPOTrainer):  # type: ignore[misc]
+class PairTrainer(Watched, DPOTrainer):
     """Rafailov et al. (2023, arXiv:2305.18290, equation 7) on rows of ids, plus the likelihood of the chosen answer.
 
     A pair costs -log sigmoid(beta (log p(w)/p_ref(w) - log p(l)/p_ref(l))) - ``nll_weight`` * log p(w) / |w|, the mean
@@ -40,11 +40,10 @@ class PairTrainer(Watched, DPOTrainer):  # type: ignore[misc]
             seen.append(outputs.log_probs)
             return outputs
 
-        loss = super()._compute_loss(through, inputs, return_outputs)
+        loss = super()._compute_loss(through, inputs, return_outputs)  # type: ignore[no-untyped-call]
         counts = inputs["completion_mask"][:, 1:]
         lengths = counts.chunk(2)[0].sum(1)
         sums = seen[0][:, -counts.shape[1] :].chunk(2)[0].sum(1)
         nll = -(sums / lengths.clamp(min=1)).mean()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
+        self._metrics["train"]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
         return loss + self._nll_weight * nll

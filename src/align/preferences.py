@@ -6,18 +6,17 @@ Shape letters: N = pairs, B = pairs of a micro-batch, S = positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from llamita import chat, checkpoints, runs
+from llamita import chat
 from llamita.align.dialogues import Pair, Refused
 
 
@@ -78,6 +77,13 @@ def dataset(rows: Rows, reference_N2: Tensor | None = None) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def dialogues(rows: Rows) -> Dataset:
+    """The rows as TRL's trainer of reward models reads them: each side with its prompt."""
+    sides = {"chosen_ids": rows.chosen, "rejected_ids": rows.rejected}
+    whole = {name: [[*p, *a] for p, a in zip(rows.prompt, part, strict=True)] for name, part in sides.items()}
+    return Dataset.from_dict(whole)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pairs of a micro-batch as tensors [2 B, S]: the chosen above, the rejected below, padded on the right.
@@ -123,18 +129,19 @@ def shares(rows: Rows, batch: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def log_probabilities(
+def measured(
     model: Any,
     rows: Rows,
     collate: Collator,
+    say: Callable[[Any, dict[str, Tensor]], Tensor],
     *,
     batch: int,
     dtype: torch.dtype,
     before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Sum of log p(token | before) over the counted tokens of both answers, [N, 2], float64, on every rank.
+    """What ``say(model, inputs)`` gives for both sides of all pairs, [N, 2], float64, on every rank.
 
-    ``model`` has TRL's fused head, so that this is the training's own arithmetic; ``before_each`` is called before
+    ``say`` returns one number for each row of a micro-batch of :class:`Collator`; ``before_each`` is called before
     each batch, on every rank.
     """
     device = PartialState().device
@@ -146,17 +153,20 @@ def log_probabilities(
         before_each()
         inputs = {key: value.to(device) for key, value in collate([columns[row] for row in mine]).items()}
         with torch.autocast(device.type, torch.bfloat16) if dtype is torch.bfloat16 else contextlib.nullcontext():
-            sums = _sums(model, inputs).double().sum(1)
-        chosen, rejected = sums.chunk(2)
+            chosen, rejected = say(model, inputs).double().chunk(2)
         found += zip(mine, chosen.tolist(), rejected.tolist(), strict=True)
     model.train(was_training)
     table = torch.empty(len(rows), 2, dtype=torch.float64)
-    for row, *sums_of_row in gather_object(found):
-        table[row] = torch.tensor(sums_of_row, dtype=torch.float64)
+    for row, *both in gather_object(found):
+        table[row] = torch.tensor(both, dtype=torch.float64)
     return table
 
 
-def _sums(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def log_probabilities(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Sum of log p(token | before) over the counted tokens of each row, [2 B], float64.
+
+    ``model`` has TRL's fused head, so that this is the training's own arithmetic.
+    """
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     outputs = model(
         input_ids=inputs["input_ids"],
@@ -165,27 +175,16 @@ def _sums(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         labels=labels,
         fused_lm_head=True,
     )
-    found: Tensor = outputs.log_probs
+    sums: Tensor = outputs.log_probs.double().sum(1)
+    return sums
+
+
+def rewards(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The reward of each row of a ``LlamaForSequenceClassification``, [2 B]: at the row's last token."""
+    found: Tensor = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).logits.squeeze(1)
     return found
-
-
-def measured_once(file: Path, about: Mapping[str, str], measure: Callable[[], Tensor]) -> Tensor:
-    """What ``measure`` gives, kept in ``file`` for later starts; ``about``, on the main process: what it depends on.
-
-    Every rank calls this and gets the same.
-    """
-    found: list[Any] = [None]
-    if runs.is_main_process() and file.is_file():
-        tensors, metadata = checkpoints.read_tensors(file)
-        found = [tensors["sums"] if metadata == dict(about) else None]
-    broadcast_object_list(found)
-    if found[0] is None:
-        found = [measure()]
-        if runs.is_main_process():
-            file.parent.mkdir(exist_ok=True)
-            checkpoints.write_tensors(file, {"sums": found[0]}, about)
-    table: Tensor = found[0]
-    return table
 
 
 def with_fused_head(model: Any) -> Any:
@@ -202,11 +201,14 @@ def preferred(policy_N2: Tensor, reference_N2: Tensor, beta: float) -> dict[str,
     By the implicit reward beta (log p(y) - log p_ref(y)) of Rafailov et al. (2023, arXiv:2305.18290, equation 5), and
     by log p(y) alone, which can be compared with that of a model which no reference was used for.
     """
-    rewards = beta * (policy_N2 - reference_N2)
-    found = {}
-    for name, sides in (("dpo", rewards), ("logp", policy_N2)):
-        margin = sides[:, 0] - sides[:, 1]
-        ahead = (margin > 0).double() + 0.5 * (margin == 0).double()
-        found[f"val/held_out/{name}_accuracy"] = ahead.mean().item()
-        found[f"val/held_out/{name}_margin"] = margin.mean().item()
-    return found
+    return {**ahead("dpo", beta * (policy_N2 - reference_N2)), **ahead("logp", policy_N2)}
+
+
+def ahead(name: str, sides_N2: Tensor) -> dict[str, float]:
+    """Share of pairs whose chosen side is ahead, a tie counting half, and by how much on average."""
+    margin = sides_N2[:, 0] - sides_N2[:, 1]
+    wins = (margin > 0).double() + 0.5 * (margin == 0).double()
+    return {
+        f"val/held_out/{name}_accuracy": wins.mean().item(),
+        f"val/held_out/{name}_margin": margin.mean().item(),
+    }

@@ -14,13 +14,17 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llamita import runs
 
@@ -239,10 +243,34 @@ def settings_of(
         "use_cpu": on_cpu and deepspeed is None,
     }
     if deepspeed is not None:
-        told["deepspeed"] = dict(deepspeed)
+        told |= {"deepspeed": dict(deepspeed), "accelerator_config": {"use_configured_state": True}}
     elif on_cpu and "RANK" in os.environ:
         told["ddp_backend"] = "gloo"  # not told, every process of a launch on CPUs believes that it is alone
     return told
+
+
+def _meet_for_deepspeed() -> None:
+    """Make the process group: transformers does not tell DeepSpeed the backend, without which CPUs never meet."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=runs.COLLECTIVE_TIMEOUT)
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+@contextmanager
+def not_yet_spread(arguments: Any) -> Iterator[None]:
+    """Let a model be used that is still whole on every rank, though the trainer will spread its weights."""
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)  # type: ignore[no-untyped-call]
 
 
 def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
@@ -252,6 +280,8 @@ def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]
         ValueError: as :func:`check_keys`, or TRL refuses a value.
     """
     check_keys(kind, given, ours)
+    if "deepspeed" in ours:
+        _meet_for_deepspeed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:

@@ -40,10 +40,34 @@ def agree_sum(value: float) -> float:
     return float(reduce(tensor, reduction="sum").item())
 
 
+def rank() -> int:
+    """Of this process, once the processes have met."""
+    return int(PartialState().process_index)
+
+
 def raise_if_stopped(run: runs.Run) -> None:
     """Raise ``Stopped`` on every rank where any was asked to stop; for work beside the steps, which is done again."""
     if agree_sum(run.stop.is_set()):
         raise runs.Stopped(f"stopped in {run.path}; start it again to go on")
+
+
+def measured_once(file: Path, about: Mapping[str, str], measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``measure`` gives, kept in ``file`` for later starts; ``about``, on the main process: what it depends on.
+
+    Every rank calls this and gets the same.
+    """
+    found: list[Any] = [None]
+    if runs.is_main_process() and file.is_file():
+        tensors, metadata = checkpoints.read_tensors(file)
+        found = [tensors["sums"] if metadata == dict(about) else None]
+    broadcast_object_list(found)
+    if found[0] is None:
+        found = [measure()]
+        if runs.is_main_process():
+            file.parent.mkdir(exist_ok=True)
+            checkpoints.write_tensors(file, {"sums": found[0]}, about)
+    table: torch.Tensor = found[0]
+    return table
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -269,7 +293,7 @@ def train(trainer: Any, watch: Watch) -> dict[str, float]:
     """
     trainer.watch = watch
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     resume = watch.resume_from()

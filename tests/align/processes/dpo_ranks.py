@@ -42,12 +42,11 @@ def go(name: str, stage: int, *, stop_at: int | None = None) -> None:
 
 
 go("ddp", 0)
-for name, stage in (("zero2", 2), ("zero3", 3)):
-    if stage == 2:
-        try:
-            go(name, stage, stop_at=3)
-        except runs.Stopped:
-            pass
-        else:
-            raise AssertionError("the stop was not heard")
-    go(name, stage)
+try:
+    go("zero2", 2, stop_at=3)
+except runs.Stopped:
+    go("zero2", 2)
+else:
+    raise AssertionError("the stop was not heard")
+if len(sys.argv) > 2:
+    go("zero3", 3)

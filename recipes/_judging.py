@@ -1,0 +1,154 @@
+"""Who judges the answers of the rl recipe, which trainer learns from them, and how both ends of a run are measured."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import _aligning
+from llamita.align import reinforce, watch
+from llamita.align.dialogues import Task
+
+TRAINERS = {
+    "grpo": ("grpo_config", "GRPOConfig", "GroupTrainer"),
+    "rloo": ("rloo_config", "RLOOConfig", "LeaveOneOutTrainer"),
+    "distill": ("distillation_config", "DistillationConfig", "OnPolicyTrainer"),
+}
+
+
+def kind(method: str) -> tuple[Any, Any]:
+    """TRL's settings of a method, and its trainer; imports TRL."""
+    module, arguments, trainer = TRAINERS[method]
+    ours = importlib.import_module("llamita.align.rl_trainers")
+    return getattr(importlib.import_module(f"trl.trainer.{module}"), arguments), getattr(ours, trainer)
+
+
+def encoded(config: Any, given: _aligning.Given) -> dict[str, reinforce.Prompts]:
+    """The tasks of both splits whose prompts leave room for an answer.
+
+    Raises:
+        ValueError: there are none, or none fits.
+    """
+    tasks = {"train": given.data.tasks("train")}
+    if config.validation_tasks:
+        given.data.need("validation", "tasks")
+        tasks["validation"] = given.data.tasks("validation")[: config.validation_tasks]
+    most = config.max_length - config.max_answer_tokens
+    return {
+        split: reinforce.encode(part, given.encoder, most=most, name=f"{split}.tasks.jsonl")
+        for split, part in tasks.items()
+    }
+
+
+def counts(prompts: Mapping[str, reinforce.Prompts]) -> dict[str, float]:
+    """How many tasks are used, and how many are left out."""
+    found: dict[str, float] = {}
+    for split, part in prompts.items():
+        kinds = {"tasks": len(part), "too_long": part.too_long, "refused": part.refused}
+        found |= {f"data/{split}_{kind}": number for kind, number in kinds.items()}
+    return found
+
+
+def check(tasks: Sequence[Task], reward: Path | None) -> None:
+    """See that every task can be judged.
+
+    Raises:
+        ValueError: naming the task, or what is wrong with the reward model.
+    """
+    if reward is not None:
+        importlib.import_module("llamita.align.reward_model").load_config(reward)
+        return
+    verifiers = importlib.import_module("llamita.align.verifiers")
+    for task in tasks:
+        if not task.check:
+            raise ValueError(f"task {task.id} has no check: reward.path must be given, got none")
+        try:
+            verifiers.validate(task.check)
+        except ValueError as error:
+            raise ValueError(f"task {task.id}: {error}") from None
+
+
+def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
+    """A reward model where there is one, else the checks of the tasks."""
+    if reward is None:
+        verifiers = importlib.import_module("llamita.align.verifiers")
+        return lambda tasks, answers: [verifiers.check(t.check, a) for t, a in zip(tasks, answers, strict=True)]
+    model = importlib.import_module("llamita.align.reward_model").RewardModel.open(reward, device=device)
+
+    def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
+        found: list[float] = model.score(
+            [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)], [task.id for task in tasks]
+        )
+        return found
+
+    return score
+
+
+@dataclass
+class HeldOut:
+    """What is measured on held-out tasks before the first step and after the last."""
+
+    stage: _aligning.Stage
+    prompts: reinforce.Prompts | None
+    judge: reinforce.Rewarder | None
+    teacher: Any
+
+    def before(self, model: Any) -> dict[str, float]:
+        """Mean reward of the likeliest answers, and the divergence from a teacher; kept for later starts."""
+        if self.prompts is None:
+            return {}
+        about = {"precision": str(self.stage.precision), **self.stage.parents}
+        names = self._names()
+        kept = watch.measured_once(
+            self.stage.run.path / "reference" / "held_out.safetensors",
+            about,
+            lambda: torch.tensor([self._measure(model, model)[name] for name in names], dtype=torch.float64),
+        )
+        return dict(zip(names, kept.tolist(), strict=True))
+
+    def after(self, trainer: Any) -> dict[str, float]:
+        """The same, and the divergence from the model that training started from."""
+        if self.prompts is None:
+            return {}
+        with trainer.whole_model() as whole:
+            found = self._measure(whole, trainer.model_wrapped)
+            said = self._answers(whole, temperature=1.0)
+        start = self.stage.load_other(self.stage.config.model.path)
+        return found | {"val/held_out/kl_to_start": self._divergence(trainer.model_wrapped, start, said)}
+
+    def _names(self) -> list[str]:
+        return [f"val/held_out/{'reward' if self.teacher is None else 'kl_to_teacher'}"]
+
+    def _measure(self, speaks: Any, model: Any) -> dict[str, float]:
+        assert self.prompts is not None
+        if self.teacher is not None:
+            said = self._answers(speaks, temperature=1.0)
+            return {"val/held_out/kl_to_teacher": self._divergence(model, self.teacher, said)}
+        assert self.judge is not None
+        texts = [self.stage.given.encoder.text(ids) for ids in self._answers(speaks, temperature=0.0)]
+        return {"val/held_out/reward": reinforce.mean(reinforce.judged(self.judge, self.prompts.tasks, texts))}
+
+    def _answers(self, model: Any, *, temperature: float) -> list[list[int]]:
+        assert self.prompts is not None
+        config: Any = self.stage.config
+        torch.manual_seed(config.run.seed + watch.rank())
+        return reinforce.answers(
+            model,
+            self.prompts,
+            self.stage.given.encoder,
+            most=config.max_answer_tokens,
+            batch=config.micro_batch_rows,
+            temperature=temperature,
+            before_each=self.stage.breathe,
+        )
+
+    def _divergence(self, model: Any, other: Any, said: Sequence[list[int]]) -> float:
+        assert self.prompts is not None
+        return reinforce.divergence(
+            model, other, self.prompts, said, dtype=self.stage.precision, before_each=self.stage.breathe
+        )
