@@ -46,6 +46,7 @@ class Recipe(StrEnum):
     reward = "reward"
     rl = "rl"
     average = "average"
+    assess = "assess"
     evaluate = "evaluate"
     report = "report"
     pipeline = "pipeline"
@@ -85,6 +86,8 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
             _outlook_align.reward(config, world, outlook)
         case "rl":
             _outlook_align.reinforcement(config, world, outlook)
+        case "assess":
+            _outlook_align.assess(config, world, outlook)
         case "average":
             _outlook_align.average(config, world, outlook)
         case _:

@@ -20,8 +20,6 @@ ASSUMED_ROWS = 10_000
 """Dialogues, pairs or tasks where they do not exist yet."""
 ASSUMED_TOKENS = 500
 """Of one of them."""
-NUM_ANSWERS = ("samples_per_prompt", "answers_per_prompt", "num_samples", "num_answers", "num_generations")
-"""Settings that say how many answers a prompt gets."""
 GENERATED_TOKENS = 512
 """Of an answer, where no setting says how long it may be."""
 
@@ -33,10 +31,8 @@ def dialogues(config: Any, world: World, outlook: Outlook) -> None:
         if source.path is None:
             continue
         path = Path(source.path)
-        if normal(path) in world.made:
+        if source.kind == "stage":
             world.talks(f"sources.{name}.path", path, outlook)
-        elif source.kind == "stage":
-            outlook.mistakes += checks.finished_stage(f"sources.{name}.path", path)
         elif path.is_file():
             outlook.read_bytes += path.stat().st_size
     outlook.disk = {"rows": outlook.read_bytes}
@@ -88,8 +84,12 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
     if (shape := _language_model(config, world, outlook)) is None:
         return
     value = 2 if world.hardware.is_gpu else 4
-    prompts = sum(talks.rows.values()) or ASSUMED_ROWS
-    answers = int(_given(config, *NUM_ANSWERS, default=1))
+    kind = str(_given(config, "prompts", default="tasks"))
+    there = {name: rows for name, rows in talks.rows.items() if name.rpartition(".")[2] in (kind, "tasks")}
+    prompts = sum(there.values()) or ASSUMED_ROWS
+    if (most := _given(config, "max_prompts", default=None)) is not None:
+        prompts = min(prompts, most * max(1, len(there)))
+    answers = int(_given(config, "samples_per_prompt", default=1))
     new = int(_given(config, "sampling.max_new_tokens", "max_new_tokens", default=GENERATED_TOKENS))
     batch = int(_given(config, "sampling.batch_rows", "batch_rows", default=1))
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
@@ -106,6 +106,22 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
         f"{prompts:,} prompts of {ASSUMED_TOKENS} tokens with {answers} answers of {new} tokens each are assumed; "
         "generating waits for memory, not for arithmetic, and takes several times the time told here"
     )
+
+
+def assess(config: Any, world: World, outlook: Outlook) -> None:
+    """``assess``: models side by side, each of which answers and is judged in its turn."""
+    outlook.processes = world.processes
+    world.talks("data.path", config.data.path, outlook)
+    _judge(config, world, outlook)
+    for name, member in config.models.items():
+        outlook.mistakes += runs.names({"models": name})
+        if (shape := world.model(f"models.{name}.path", member.path, outlook)) is not None:
+            outlook.parameters[name] = shape.num_parameters
+    if outlook.parameters:
+        value = 2 if world.hardware.is_gpu else 4
+        outlook.memory = {"largest model": value * float(max(outlook.parameters.values()))}
+        outlook.read_bytes = value * float(sum(outlook.parameters.values()))
+        outlook.notes.append("the time of the answers is not counted")
 
 
 def average(config: Any, world: World, outlook: Outlook) -> None:

@@ -207,10 +207,10 @@ def test_sampling_makes_dialogues_and_is_counted_by_its_answers(
 ) -> None:
     data = talks(tmp_path / "talks")
     config = {"model": {"path": Path(ONE)}, "data": {"path": data}, "sampling": {"max_new_tokens": 100}}
-    one, four = (looked("sample", recipe, {**config, "num_answers": number}) for number in (1, 4))
+    one, four = (looked("sample", recipe, {**config, "samples_per_prompt": number}) for number in (1, 4))
     assert one.mistakes == []
     assert type(one.makes).__name__ == "Talks"
     forward = SMALL.forward_flops_per_token(550)
-    rows = 3 * 44
+    rows = 44
     assert four.flops["model, forward"] - one.flops["model, forward"] == pytest.approx(rows * 300 * forward)
     assert one.memory["model"] == 2 * SMALL.num_parameters
