@@ -299,6 +299,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert summary["sft/dialogues"] == 48
 
 
+def test_a_checkpoint_is_published_as_the_run_itself_would_have(
+    recipe: Callable[[str], ModuleType], trained: Path, tmp_path: Path
+) -> None:
+    """The newest one: the same bytes, tokenizer and ends of answers included."""
+    publish = recipe("publish")
+    publish.run(publish.Publish(training=publish.TrainingConfig(path=trained), out=tmp_path / "model"))
+    for name in ("model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
 def test_rows_of_other_dialogues_are_refused_on_a_restart_and_damaged_ones_too(
     module: ModuleType, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
