@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "packed"
 SCRATCH = ".encoding"
+GENERATION = "generation_config.json"
+"""Beside the tokenizer of the rows."""
 BYTES_PER_PROCESS = 2**22
 """Text for which another process is worth its start."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import _compose
+import _outlook_align
 from _outlook_distill import cache, distill
 from _outlook_prune import prune
 from _world import (
@@ -28,6 +30,26 @@ from llamita.distill.teachers import Attention
 from llamita.shapes import PUBLISHED, LlamaShape
 
 MARGIN = 1.35
+
+
+class Recipe(StrEnum):
+    """What can be planned."""
+
+    prepare = "prepare"
+    prune = "prune"
+    cache = "cache"
+    distill = "distill"
+    dialogues = "dialogues"
+    sft = "sft"
+    sample = "sample"
+    dpo = "dpo"
+    reward = "reward"
+    rl = "rl"
+    average = "average"
+    assess = "assess"
+    evaluate = "evaluate"
+    report = "report"
+    pipeline = "pipeline"
 
 
 def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = None) -> tuple[list[Outlook], list[str]]:
@@ -52,6 +74,22 @@ def of(recipe: str, overrides: Sequence[str], world: World, name: str | None = N
             _evaluate(config, world, outlook)
         case "report":
             _report(config, world, outlook)
+        case "dialogues":
+            _outlook_align.dialogues(config, world, outlook)
+        case "sft":
+            _outlook_align.sft(config, world, outlook)
+        case "sample":
+            _outlook_align.sample(config, world, outlook)
+        case "dpo":
+            _outlook_align.preferences(config, world, outlook)
+        case "reward":
+            _outlook_align.reward(config, world, outlook)
+        case "rl":
+            _outlook_align.reinforcement(config, world, outlook)
+        case "assess":
+            _outlook_align.assess(config, world, outlook)
+        case "average":
+            _outlook_align.average(config, world, outlook)
         case _:
             raise AssertionError(recipe)
     _common(config, world, outlook)
@@ -118,6 +156,10 @@ def _own_check(recipe: str, config: Any) -> None:
         case "distill":
             if all(map(checks.has_weights, module.models(config).values())):
                 # That kernel needs a GPU, which the machine that plans may lack.
+                module.check(dataclasses.replace(config, attention=Attention.sdpa))
+        case "sft":
+            paths = [config.model.path, *(teacher.path for teacher in config.teachers.values() if teacher.path)]
+            if all(map(checks.has_weights, paths)):
                 module.check(dataclasses.replace(config, attention=Attention.sdpa))
         case "evaluate":
             if all(map(checks.has_weights, config.paths().values())):

@@ -48,7 +48,13 @@ def cache(config: Any, world: World, outlook: Outlook) -> None:
 
 def distill(config: Any, world: World, outlook: Outlook) -> None:
     rows = world.rows("data.path", config.data.path, outlook)
-    student = _student(config, rows, world, outlook)
+    trained(config, rows, _student(config, rows, world, outlook), world, outlook)
+
+
+def trained(
+    config: Any, rows: Rows, student: LlamaShape | None, world: World, outlook: Outlook, *, own: str = "student.path"
+) -> None:
+    """A training on packed rows; ``own`` is the setting of the student's directory."""
     paths = {"student": config.student.path} if config.student.path else {}
     shapes = {"student": student}
     for name, teacher in config.teachers.items():
@@ -60,7 +66,7 @@ def distill(config: Any, world: World, outlook: Outlook) -> None:
             continue  # it is not run, whatever stands beside it
         paths[name] = teacher.path
         shapes[name] = world.model(f"teachers.{name}.path", teacher.path, outlook)
-    _agree(paths, shapes, rows, world, outlook)
+    _agree(paths, shapes, rows, world, outlook, own)
     outlook.tokenizer = world.tokenizer(config.student.path) if config.student.path else rows.tokenizer_hash
     outlook.mistakes += split_of(rows, "data.path", config.data.path, "train")
     if config.validation_rows and rows.rows and not rows.rows.get("validation"):
@@ -153,13 +159,18 @@ def _student(config: Any, rows: Rows, world: World, outlook: Outlook) -> LlamaSh
 
 
 def _agree(
-    paths: Mapping[str, Path], shapes: Mapping[str, LlamaShape | None], rows: Rows, world: World, outlook: Outlook
+    paths: Mapping[str, Path],
+    shapes: Mapping[str, LlamaShape | None],
+    rows: Rows,
+    world: World,
+    outlook: Outlook,
+    own: str,
 ) -> None:
     """One vocabulary and one tokenizer for data, student and teachers."""
     for name, path in paths.items():
         if (shape := shapes[name]) is None:
             continue
-        setting = "student.path" if name == "student" else f"teachers.{name}.path"
+        setting = own if name == "student" else f"teachers.{name}.path"
         outlook.mistakes += same_tokens(setting, path, shape, "data.path", rows, world)
         if (path / "config.json").is_file():
             most = checkpoints.load_config(path).max_position_embeddings

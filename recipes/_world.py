@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamita import checkpoints, checks, estimate
+from llamita.align.dialogues import DialogueData
 from llamita.data import shards, tokens
 from llamita.distill import capture
 from llamita.shapes import PUBLISHED, LlamaShape
@@ -29,6 +30,16 @@ class Rows:
     tokenizer_hash: str | None = None
 
 
+@dataclass(frozen=True)
+class Talks:
+    """Dialogues, preference pairs and tasks as far as a plan needs to know them, by ``SPLIT.KIND``."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Empty where nothing is known."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of their files."""
+
+
 @dataclass
 class World:
     """What exists, or will exist because an earlier stage of the same pipeline makes it."""
@@ -43,7 +54,7 @@ class World:
     entries_per_token: float = float(capture.USUAL_ENTRIES)
     """Assumed of a cache."""
     made: dict[Path, Any] = field(default_factory=dict)
-    """A :class:`LlamaShape` or :class:`Rows`, ``UNKNOWN``, or ``None`` for what is neither model nor data."""
+    """A :class:`LlamaShape`, :class:`Rows` or :class:`Talks`, ``UNKNOWN``, or ``None`` for none of these."""
     tokenizers: dict[Path, str] = field(default_factory=dict)
     """Hash of the tokenizer in each of these."""
     waits_for: frozenset[str] = frozenset()
@@ -78,6 +89,20 @@ class World:
         data = shards.PackedData.open(path)
         rows_by_split = {name: entry["rows"] for name, entry in data.manifest["splits"].items()}
         return Rows(data.sequence_length, data.vocab_size, rows_by_split, data.tokenizer_hash)
+
+    def talks(self, setting: str, path: Path, outlook: Outlook, kind: str | None = None) -> Talks:
+        """A directory of dialogues; where it is there, it must have rows of ``kind`` to train on."""
+        if normal(path) in self.made:
+            return self._earlier(setting, path, outlook, Talks, "dialogues") or Talks()
+        found: list[DialogueData] = []
+        problems = checks.errors_of(lambda: found.append(DialogueData.open(path)))
+        if found and kind is not None:
+            problems += checks.errors_of(lambda: found[0].need("train", kind))
+        outlook.mistakes += [problem if setting in problem else f"{setting}: {problem}" for problem in problems]
+        if problems:
+            return Talks()
+        files = {name.removesuffix(".jsonl"): entry["rows"] for name, entry in found[0].manifest["files"].items()}
+        return Talks(files, {name: (path / f"{name}.jsonl").stat().st_size for name in files})
 
     def _earlier(self, setting: str, path: Path, outlook: Outlook, kind: type[T], noun: str) -> T | None:
         self.check_order(setting, path, outlook)
@@ -134,7 +159,7 @@ class Outlook:
     notes: list[str] = field(default_factory=list)
     mistakes: list[str] = field(default_factory=list)
     may_change: tuple[str, ...] = ()
-    makes: LlamaShape | Rows | None = None
+    makes: LlamaShape | Rows | Talks | None = None
     tokenizer: str | None = None
     """Hash of that of the model or data that it makes."""
     hours: float = 0.0

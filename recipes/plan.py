@@ -23,21 +23,10 @@ from rich.table import Table
 import _compose
 import _outlook
 import _ways
+from _outlook import Recipe
 from _world import Outlook, World
 from llamita import estimate, redaction, runs
 from llamita.distill import capture
-
-
-class Recipe(StrEnum):
-    """What can be planned."""
-
-    prepare = "prepare"
-    prune = "prune"
-    cache = "cache"
-    distill = "distill"
-    evaluate = "evaluate"
-    report = "report"
-    pipeline = "pipeline"
 
 
 class Format(StrEnum):

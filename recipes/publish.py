@@ -15,6 +15,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from transformers import LlamaConfig
 
+import _dialogue_rows
 from llamita import checkpoints, runs
 from llamita.data.shards import PackedData
 from llamita.distill import lora, saved, state, student, teachers
@@ -22,7 +23,7 @@ from llamita.distill import lora, saved, state, student, teachers
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The directory of a ``distill`` run, finished or not."""
+    """The directory of a ``distill`` or ``sft`` run, finished or not."""
 
     path: Path = MISSING
     step: int | None = None
@@ -54,15 +55,15 @@ def check(config: Publish) -> tuple[dict[str, Any], Path]:
     """The settings of the training run and the folder of its checkpoint.
 
     Raises:
-        ValueError: it is no run of ``distill``, or the checkpoint is missing or not whole.
+        ValueError: it is no run of ``distill`` or ``sft``, or the checkpoint is missing or not whole.
     """
     path, step = config.training.path, config.training.step
     if not (path / "config.yaml").is_file():
         raise ValueError(f"training.path={path} is not the directory of a run: it has no config.yaml")
     written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     recipe = written.get("recipe") if isinstance(written, dict) else None
-    if recipe != "distill":
-        raise ValueError(f"training.path={path} must be a run of recipe 'distill', got {recipe!r}")
+    if recipe not in ("distill", "sft"):
+        raise ValueError(f"training.path={path} must be a run of recipe 'distill' or 'sft', got {recipe!r}")
     steps = state.steps_in(path / "checkpoints")
     if step is None:
         step = state.newest_good(path / "checkpoints")
@@ -73,7 +74,13 @@ def check(config: Publish) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"training.step must be one of {steps}, got {step}")
     if reason := checkpoints.check_manifest(folder, hashes=True):
         raise ValueError(f"training.step={step}: {folder} is not whole: {reason}")
-    return written["settings"], folder
+    return (written["settings"] if recipe == "distill" else as_distilled(written["settings"], path)), folder
+
+
+def as_distilled(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a run of ``sft`` with those of the student and the rows that it trained on in path."""
+    student_settings = {"path": settings["model"]["path"], "lora": settings["lora"]}
+    return settings | {"student": student_settings, "data": {"path": str(path / _dialogue_rows.FOLDER)}}
 
 
 def student_of(settings: dict[str, Any]) -> student.StudentConfig:
@@ -131,6 +138,9 @@ def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
     data = PackedData.open(Path(settings["data"]["path"]))
     wanted = student_of(settings)
     llama, source = llama_of(wanted, data), wanted.path or data.tokenizer_path
+    if (data.tokenizer_path / _dialogue_rows.GENERATION).is_file():  # of dialogues: it says where answers end
+        source = data.tokenizer_path
+        llama.eos_token_id = runs.read_mapping(source / _dialogue_rows.GENERATION)["eos_token_id"]
     progress = runs.read_json(folder / state.STATE)
     parents = progress["parents"] | {"data": data.content_hash}
     check_parents(wanted, data, folder, progress)

@@ -95,7 +95,9 @@ class SourceConfig:
             raise ValueError(f"sources.{name}.path must be given: kind={self.kind} reads one")
         if self.kind is Kind.datasets and self.form in (Kind.datasets, Kind.stage, Kind.python_stdlib, Kind.trees):
             raise ValueError(f"sources.{name}.form={self.form}: rows of a data set cannot have this form")
-        if self.kind not in (Kind.datasets, Kind.python_stdlib) and not Path(str(self.path)).exists():
+        # A stage of the same pipeline may not have run yet when its directory is named here.
+        looked_for = self.kind not in (Kind.datasets, Kind.python_stdlib, Kind.stage)
+        if looked_for and not Path(str(self.path)).exists():
             raise ValueError(f"sources.{name}.path={self.path} does not exist")
 
 

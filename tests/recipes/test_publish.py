@@ -166,7 +166,7 @@ def no_run(killed: Path) -> None:
     [
         (None, 3, r"training.step must be one of \[4, 2\], got 3"),
         (no_run, None, "is not the directory of a run"),
-        (other_recipe, None, "must be a run of recipe 'distill', got 'prune'"),
+        (other_recipe, None, "must be a run of recipe 'distill' or 'sft', got 'prune'"),
         (no_checkpoints, None, "has no whole checkpoint"),
     ],
 )

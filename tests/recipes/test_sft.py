@@ -114,7 +114,7 @@ def model(folder: Path) -> Path:
     """A tiny Llama with a tokenizer of Llama 3's special tokens and without a chat template."""
     texts = [Path(__file__).read_text(encoding="utf-8"), Path(chat.__file__).read_text(encoding="utf-8")]
     tokens.train(texts, 600).save_pretrained(folder / "tokenizer")
-    made = tiny_model(**SIZES, max_position_embeddings=256)
+    made = tiny_model(**SIZES, max_position_embeddings=16384)
     checkpoints.save_model(made, folder / "model", source=folder / "tokenizer", provenance={})
     return folder / "model"
 
@@ -299,6 +299,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert summary["sft/dialogues"] == 48
 
 
+def test_a_checkpoint_is_published_as_the_run_itself_would_have(
+    recipe: Callable[[str], ModuleType], trained: Path, tmp_path: Path
+) -> None:
+    """The newest one: the same bytes, tokenizer and ends of answers included."""
+    publish = recipe("publish")
+    publish.run(publish.Publish(training=publish.TrainingConfig(path=trained), out=tmp_path / "model"))
+    for name in ("model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
 def test_rows_of_other_dialogues_are_refused_on_a_restart_and_damaged_ones_too(
     module: ModuleType, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,7 +415,10 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
         ({"steps": 3, "epochs": 1.0}, "epochs must be > 0 and finite, with steps not set, got 1.0"),
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
-        ({"sequence_length": 512}, r"sequence_length must be at most max_position_embeddings=256 of model.path=.*512"),
+        (
+            {"sequence_length": 32768},
+            r"sequence_length must be at most max_position_embeddings=16384 of model.path=.*32768",
+        ),
         ({"teachers": {"big": TeacherConfig(path=Path("x"))}}, r"loss.ce_weight=1 leaves the teachers no weight"),
         ({"loss": losses.LossConfig(ce_weight=0.5)}, "loss.ce_weight=0.5 needs a teacher"),
         ({"teachers": {"model": TeacherConfig(path=Path("x"))}}, r"teachers.model: a teacher must not have the name"),

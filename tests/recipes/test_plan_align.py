@@ -1,0 +1,216 @@
+"""Stages of alignment are planned before their models and dialogues exist, alone and in a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import tiny_model
+from llamita import checkpoints, estimate
+from llamita.align import dialogues
+from llamita.data import tokens
+from llamita.shapes import PUBLISHED
+
+ONE = "meta-llama/Llama-3.2-1B"
+EIGHT = "meta-llama/Llama-3.1-8B"
+SMALL = PUBLISHED[ONE]
+
+Planner = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def plan(recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> Iterator[Planner]:
+    """Plan as the command line would, and give back what was printed as JSON."""
+    module = recipe("plan")
+
+    def make(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        sys.argv = ["plan.py", *arguments, "format=json"]
+        with contextlib.suppress(ValueError):
+            module.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    argv = sys.argv
+    yield make
+    sys.argv = argv
+
+
+def talks(folder: Path, *, validation: int = 4) -> Path:
+    """Dialogues, pairs and tasks."""
+    folder.mkdir()
+    asked = [{"role": "user", "content": "how much is that? " * 20}]
+    good, bad = ({"role": "assistant", "content": said} for said in ("much", "little"))
+    rows: dict[str, Any] = {}
+    for split, count in (("train", 40), ("validation", validation)):
+        rows[split] = {
+            "dialogues": [dialogues.parse_dialogue({"messages": [*asked, good]}, f"{split}-{n}") for n in range(count)],
+            "pairs": [
+                dialogues.parse_pair({"prompt": asked, "chosen": [good], "rejected": [bad]}, f"{split}-{n}")
+                for n in range(count)
+            ],
+            "tasks": [dialogues.parse_task({"prompt": asked}, f"{split}-{n}") for n in range(count)],
+        }
+    dialogues.write_all(folder, rows, {})
+    return folder
+
+
+def test_sft_is_planned_as_the_training_that_it_is_on_the_rows_that_its_dialogues_fill(
+    plan: Planner, tmp_path: Path
+) -> None:
+    data = talks(tmp_path / "talks")
+    arguments = ["recipe=sft", f"model.path={ONE}", f"data.path={data}", f"out={tmp_path / 'sft'}", "hardware=h100"]
+    answer = plan(*arguments, "sequence_length=512", "epochs=3", "global_batch_rows=8", "micro_batch_rows=1")
+    assert answer["mistakes"] == []
+    (stage,) = answer["stages"]
+    rows = math.ceil((data / "train.dialogues.jsonl").stat().st_size / 4 / 512)
+    steps = math.ceil(3 * rows / 8)
+    flops = 3 * steps * 8 * 512 * SMALL.forward_flops_per_token(256)
+    assert stage["parameters"] == {"student": SMALL.num_parameters}
+    assert stage["flops"]["student, forward and backward"] == pytest.approx(flops)
+    assert stage["disk_bytes"]["packed dialogues"] == 4 * rows * 513
+    assert not (tmp_path / "sft").exists()
+
+
+def test_what_sft_would_refuse_is_a_mistake_of_its_plan(plan: Planner, tmp_path: Path) -> None:
+    bare = talks(tmp_path / "bare", validation=0)
+    model = tmp_path / "model"
+    tokens.train([Path(__file__).read_text(encoding="utf-8")], 400).save_pretrained(tmp_path / "tokenizer")
+    made = tiny_model(vocab_size=400, num_hidden_layers=1, max_position_embeddings=16384)
+    checkpoints.save_model(made, model, source=tmp_path / "tokenizer", provenance={})
+
+    def mistakes(*changes: str, path: Path = model) -> list[str]:
+        given = ["recipe=sft", f"model.path={path}", f"data.path={bare}", f"out={tmp_path / 'out'}", "hardware=cpu"]
+        found: list[str] = plan(*given, "sequence_length=128", *changes)["mistakes"]
+        return found
+
+    assert mistakes("validation_rows=0") == []
+    (wrong,) = mistakes()
+    assert wrong.startswith(f"data.path={bare} has no validation dialogues: validation_rows=0 trains without, got 64")
+    assert any("16384" in line for line in mistakes("validation_rows=0", "sequence_length=32768"))
+    assert any("is no directory" in line for line in mistakes("validation_rows=0", path=tmp_path / "none"))
+    assert any("data.path=" in line for line in mistakes("validation_rows=0", f"data.path={tmp_path / 'none'}"))
+    taught = mistakes("validation_rows=0", f"teachers.big.path={EIGHT}", "loss.ce_weight=0.5")
+    assert any("must have the same vocabulary, got student 400, big 128256" in line for line in taught)
+    assert "loss.ce_weight=1 leaves the teachers no weight" in mistakes(f"teachers.big.path={EIGHT}")[0]
+
+
+def test_a_pipeline_of_rounds_is_planned_before_anything_of_it_exists(plan: Planner, tmp_path: Path) -> None:
+    """Dialogues, two trainings on them, their average, and dialogues that a later stage would have made."""
+    out, source = tmp_path / "pipeline", tmp_path / "talks.jsonl"
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    sft = [f"model.path={ONE}", f"data.path={out}/talks", "micro_batch_rows=1", "global_batch_rows=8"]
+    stages = {
+        "talks": ("dialogues", [f"sources.mine.path={source}"], []),
+        "one": ("sft", sft, ["talks"]),
+        "two": ("sft", [*sft, "run.seed=1"], ["talks"]),
+        "mean": ("average", [f"models.one.path={out}/one", f"models.two.path={out}/two"], ["one", "two"]),
+        "more": ("dialogues", ["sources.first.kind=stage", f"sources.first.path={out}/talks"], ["talks"]),
+        "third": ("sft", [*sft[2:], f"model.path={out}/mean", f"data.path={out}/more"], ["mean", "more"]),
+    }
+
+    def planned() -> dict[str, Any]:
+        file = tmp_path / "configs" / "pipeline" / "mine.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        entries = {name: {"recipe": r, "overrides": o, "after": a} for name, (r, o, a) in stages.items()}
+        file.write_text("# @package _global_\n" + yaml.safe_dump({"stages": entries}))
+        searched = f"hydra.searchpath=[file://{file.parent.parent}]"
+        return plan("recipe=pipeline", searched, "pipeline=mine", f"out={out}", "hardware=h100", "num_gpus=8")
+
+    answer = planned()
+    assert [line for line in answer["mistakes"] if "GiB free" not in line] == []
+    found = {stage["stage"]: stage for stage in answer["stages"]}
+    assert found.keys() == stages.keys()
+    assert found["third"]["parameters"]["student"] == found["mean"]["parameters"]["model"] == SMALL.num_parameters
+    assert found["third"]["memory_bytes"]["total"] < 80e9
+    assert found["mean"]["memory_bytes"]["total"] < 8 * 2**30
+    assert any("10,000 dialogues of 500 tokens are assumed" in note for note in found["one"]["notes"])
+    stages["third"] = ("sft", [*sft[2:], f"model.path={out}/talks", f"data.path={out}/mean"], ["mean"])
+    wrong = [line for line in planned()["mistakes"] if "GiB free" not in line]
+    assert [line.rpartition("pipeline/")[2] for line in wrong] == [
+        "mean: stage mean makes no dialogues",
+        "talks: stage talks makes no model",
+    ]
+
+
+def looked(name: str, recipe: Callable[[str], ModuleType], config: dict[str, Any], **made: Any) -> Any:
+    """The outlook that a function of the module gives for settings of any recipe that has them."""
+    recipe("plan")
+    align, world = sys.modules["_outlook_align"], sys.modules["_world"]
+    outlook = world.Outlook("stage", name, Path("out"))
+    device = estimate.device(estimate.Hardware.h100)
+    there = {world.normal(Path(path)): value for path, value in made.items()}
+    getattr(align, name)(nested(config), world.World(device, 8, 4096, made=there, waits_for=frozenset(made)), outlook)
+    return outlook
+
+
+def nested(settings: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(**{k: nested(v) if isinstance(v, dict) else v for k, v in settings.items()})
+
+
+def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
+    recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    data = talks(tmp_path / "talks")
+    common = {
+        "model": {"path": Path(ONE)},
+        "data": {"path": data},
+        "micro_batch_rows": 1,
+        "global_batch_rows": 8,
+        "max_length": 1024,
+        "deepspeed": {"stage": 2},
+        "epochs": 2,
+    }
+    dpo, rl, reward = (looked(name, recipe, common) for name in ("preferences", "reinforcement", "reward"))
+    assert [outlook.mistakes for outlook in (dpo, rl, reward)] == [[], [], []]
+    size = estimate.num_text_tokens((data / "train.pairs.jsonl").stat().st_size)
+    assert dpo.flops["reference, forward"] == pytest.approx(size * SMALL.forward_flops_per_token(size / 40 / 2))
+    # Two epochs of the pairs' own tokens, however long a row may be; a step of eight pairs is sixteen sequences.
+    forward = 2 * size * SMALL.forward_flops_per_token(512)
+    assert dpo.flops["student, forward and backward"] == pytest.approx(3 * forward)
+    assert rl.memory["teacher reference"] == 2 * SMALL.num_parameters
+    assert "teacher reference" not in dpo.memory
+    assert dpo.memory == reward.memory
+    assert "reference, forward" not in reward.flops
+    assert dpo.makes == rl.makes == SMALL
+    assert reward.makes.output_rows == 1
+    on_judge = looked("preferences", recipe, {**common, "model": {"path": Path("judge")}}, judge=reward.makes)
+    assert "has 1 output rows: it is no language model any more" in on_judge.mistakes[0]
+    judged = looked("reinforcement", recipe, {**common, "reward": {"path": Path("judge")}}, judge=reward.makes)
+    assert judged.mistakes == []
+    absent = looked("reinforcement", recipe, {**common, "reward": {"path": tmp_path / "none"}})
+    assert absent.mistakes == [f"reward.path={tmp_path / 'none'} is not a model directory: it has no config.json"]
+
+
+def test_adapters_of_an_aligned_model_need_no_reference_of_their_own(
+    recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """The model without its adapters is the reference."""
+    common = {"model": {"path": Path(ONE)}, "data": {"path": talks(tmp_path / "talks")}, "lora": {"rank": 8}}
+    outlook = looked("reinforcement", recipe, common)
+    assert outlook.mistakes == []
+    assert "teacher reference" not in outlook.memory
+    assert outlook.memory["resting weights"] == 2 * SMALL.num_parameters
+
+
+def test_sampling_makes_dialogues_and_is_counted_by_its_answers(
+    recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    data = talks(tmp_path / "talks")
+    config = {"model": {"path": Path(ONE)}, "data": {"path": data}, "sampling": {"max_new_tokens": 100}}
+    one, four = (looked("sample", recipe, {**config, "samples_per_prompt": number}) for number in (1, 4))
+    assert one.mistakes == []
+    assert type(one.makes).__name__ == "Talks"
+    forward = SMALL.forward_flops_per_token(550)
+    rows = 44
+    assert four.flops["model, forward"] - one.flops["model, forward"] == pytest.approx(rows * 300 * forward)
+    assert one.memory["model"] == 2 * SMALL.num_parameters
