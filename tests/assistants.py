@@ -29,15 +29,17 @@ def _config(layers: int = 2) -> object:
     )
 
 
-def assistant(path: Path, *, seed: int = 0, ends: float = 0.4) -> Path:
-    """A random Llama whose answers end soon: ``ends`` is how far the end of a turn stands out among the logits."""
+def assistant(path: Path, *, seed: int = 0, ends: float = 2.8) -> Path:
+    """A random Llama whose answers end soon: ``ends`` is how much the end of a turn stands out among the logits."""
     words = tokenizer()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config())  # type: ignore[arg-type]
     with torch.no_grad():
+        # Channel 0 is the same for every token: the head reads from it what it would have as a bias.
+        model.model.embed_tokens.weight[:, 0] = 0.05
         model.lm_head.weight *= 20
-        model.model.norm.weight[0] = 0
-        model.lm_head.weight[words.convert_tokens_to_ids(chat.TURN_END)] *= ends
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[words.convert_tokens_to_ids(chat.TURN_END), 0] = ends
     path.mkdir(parents=True)
     checkpoints.save_model(model, path, source=_saved(words, path), provenance={"parents": {}})
     return path

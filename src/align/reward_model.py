@@ -5,6 +5,7 @@ Shape letters: B = rows of a batch, S = positions, D = hidden size, N = all rows
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llamita import chat, checkpoints
 from llamita.align.dialogues import Message
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURE = "LlamaForSequenceClassification"
 
@@ -81,17 +84,22 @@ class RewardModel:
     ) -> list[float]:
         """The reward of each answer to its prompt.
 
+        With ``may_be_nan`` an answer that cannot be judged has the reward NaN.
+
         Raises:
-            ValueError: a dialogue is longer than the model's positions, or, unless ``may_be_nan``, a reward is not a
-                finite number; the row is named.
+            ValueError: the row is named: a reward is not a finite number, the dialogue is longer than the model's
+                positions, or the chat template refuses it.
         """
-        rows = [self._ids(prompt, answer) for prompt, answer in dialogues]
-        most = self._model.config.max_position_embeddings
-        for name, ids in zip(names, rows, strict=True):
-            if len(ids) > most:
-                raise ValueError(f"{name} has {len(ids)} tokens, the reward model has {most} positions")
-        found = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        rows: dict[int, list[int]] = {}
+        for place, (name, (prompt, answer)) in enumerate(zip(names, dialogues, strict=True)):
+            try:
+                rows[place] = self._ids(prompt, answer)
+            except ValueError as error:
+                if not may_be_nan:
+                    raise ValueError(f"{name}: {error}") from None
+                log.warning("%s has no reward: %s", name, error)
+        found = [math.nan] * len(names)
+        order = sorted(rows, key=lambda place: len(rows[place]))
         for first in range(0, len(order), self._batch_rows):
             places = order[first : first + self._batch_rows]
             for place, value in zip(places, self._batch([rows[place] for place in places]), strict=True):
@@ -102,7 +110,11 @@ class RewardModel:
         return found
 
     def _ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
-        return self._encoder.dialogue([*prompt, {"role": "assistant", "content": answer}]).ids
+        ids = self._encoder.dialogue([*prompt, {"role": "assistant", "content": answer}]).ids
+        most = self._model.config.max_position_embeddings
+        if len(ids) > most:
+            raise ValueError(f"it has {len(ids)} tokens, the reward model has {most} positions")
+        return ids
 
     @torch.inference_mode()
     def _batch(self, rows: Sequence[list[int]]) -> list[float]:

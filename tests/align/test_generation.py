@@ -21,7 +21,7 @@ from llamita.align.generation import Prompt, SamplingConfig, Scored, Transformer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return assistants.assistant(tmp_path_factory.mktemp("generation") / "model", ends=1.0)
+    return assistants.assistant(tmp_path_factory.mktemp("generation") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_rewards_are_those_of_the_stock_model_one_by_one(folder: Path) -> None:
     stock = AutoModelForSequenceClassification.from_pretrained(folder)
     encoder = chat.Encoder(checkpoints.load_tokenizer(folder))
     expected = [
-        float(stock(torch.tensor([encoder.dialogue([*prompt, assistants.said(answer)]).ids])).logits)
+        stock(torch.tensor([encoder.dialogue([*prompt, assistants.said(answer)]).ids])).logits.item()
         for prompt, answer in DIALOGUES
     ]
     for rows in (1, 3, 4):
@@ -72,5 +72,5 @@ def test_a_missing_head_is_not_filled_with_random_numbers(folder: Path) -> None:
 def test_a_dialogue_longer_than_the_model_is_named(folder: Path) -> None:
     model = RewardModel.open(folder)
     model._model.config.max_position_embeddings = 12
-    with pytest.raises(ValueError, match=r"row 0 has .* 12 positions"):
+    with pytest.raises(ValueError, match=r"row 0: it has .* 12 positions"):
         model.score(DIALOGUES, NAMES)
