@@ -7,8 +7,6 @@ torchrun --nproc-per-node 8 recipes/distill.py … deepspeed=zero2
 from __future__ import annotations
 
 from _main import command, exit_with, store  # isort: skip
-
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,7 +120,8 @@ def train(config: Distill, this: runs.Run) -> None:
     """The run itself: load, train, publish."""
     data, llama, caches = check(config)
     accelerator = launch.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
-    preflight.check(this.path, accelerator.device, this.settings, disk_bytes=_teaching.room(config, llama))
+    room, floor = _teaching.room(config, llama), config.run.min_allreduce_gb_per_s
+    preflight.check(this.path, accelerator.device, this.settings, disk_bytes=room, min_allreduce_gb_per_s=floor)
     main, dtype = accelerator.is_main_process, config.precision.dtype(accelerator.device)
     parents = {name: checkpoints.content_hash(path) for name, path in models(config).items() if main}
     if main:
