@@ -172,7 +172,13 @@ class Stage:
         each = estimate.checkpoint_bytes(trained)
         wanted = max(watch.FEWEST, self.config.keep_checkpoints) + 1
         there = len(watch.steps_in(self.run.path / "checkpoints"))
-        preflight.check(self.run.path, self.device, self.run.settings, disk_bytes=each * max(1, wanted - there))
+        preflight.check(
+            self.run.path,
+            self.device,
+            self.run.settings,
+            disk_bytes=each * max(1, wanted - there),
+            min_allreduce_gb_per_s=self.config.run.min_allreduce_gb_per_s,
+        )
 
     def hash_parents(self, **paths: Path) -> None:
         """Hash the models and the data on the main process, and look for a checkpoint to go on from."""

@@ -138,7 +138,8 @@ def check(config: TrainingConfig) -> Inputs:
 def begin(config: TrainingConfig, this: runs.Run, llama: LlamaConfig) -> Accelerator:
     """The processes of the run, on nodes and a disk that were looked at; every rank calls this."""
     accelerator = launch.new_accelerator(config, config.deepspeed, clip_norm=config.optim.clip_norm)
-    preflight.check(this.path, accelerator.device, this.settings, disk_bytes=_teaching.room(config, llama))
+    room, floor = _teaching.room(config, llama), config.run.min_allreduce_gb_per_s
+    preflight.check(this.path, accelerator.device, this.settings, disk_bytes=room, min_allreduce_gb_per_s=floor)
     return accelerator
 
 

@@ -74,7 +74,8 @@ def run(config: Cache) -> None:
         Inputs(config)
     state = evaluate.join_launch()
     inputs, main = Inputs(config), state.is_main_process
-    preflight.check(config.out, state.device, runs.plain(config))
+    floor = config.run.min_allreduce_gb_per_s
+    preflight.check(config.out, state.device, runs.plain(config), min_allreduce_gb_per_s=floor)
     # Before anything is owned: of a large teacher this takes minutes.
     identity = inputs.identity(config, state.device) if main and not (config.out / "DONE.json").is_file() else None
     with owned(config) as whole:

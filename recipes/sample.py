@@ -133,7 +133,8 @@ def run(config: Sample) -> None:
         with runs.start(config.out, "sample", runs.plain(config), config.run):
             return
     data, asked, encoder = check(config)  # mistakes are found before anything is written
-    preflight.check(config.out, state.device, runs.plain(config))
+    floor = config.run.min_allreduce_gb_per_s
+    preflight.check(config.out, state.device, runs.plain(config), min_allreduce_gb_per_s=floor)
     with runs.start(config.out, "sample", runs.plain(config), config.run, may_change=MAY_CHANGE) as this:
         hashes = _sampling.hashes_of(config, data, state)
         work = _sampling.plan(config, data, asked, hashes)

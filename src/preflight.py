@@ -11,11 +11,13 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,6 +31,8 @@ from torch import distributed
 
 from llamita import runs
 
+log = logging.getLogger(__name__)
+
 LIMIT_SECONDS = 60.0
 """Of each check on this process alone."""
 REPORT_SECONDS = 300.0
@@ -38,6 +42,9 @@ REDUCE_SECONDS = 300.0
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy")
 USERS_TO_MEND = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 """What the system says of a directory that is as bad on every other node."""
+REDUCED_BYTES = {"cuda": 2**28, "cpu": 2**24}
+"""Of each all-reduce whose bandwidth is measured: far above where latency counts."""
+REDUCTIONS = 5
 ALLOCATION_BYTES = {"cuda": 2**30, "cpu": 2**26}
 PROBE = "preflight"
 _calls = itertools.count()
@@ -56,13 +63,22 @@ class Report:
     user_fault: str = ""
 
 
-def check(folder: Path, device: torch.device, settings: Mapping[str, Any], *, disk_bytes: float = 0) -> None:
+def check(
+    folder: Path,
+    device: torch.device,
+    settings: Mapping[str, Any],
+    *,
+    disk_bytes: float = 0,
+    min_allreduce_gb_per_s: float | None = None,
+) -> None:
     """Check this process and its company; every rank of the launch calls this, in the process group where there is one.
 
-    ``folder`` is the run directory, in which ``disk_bytes`` must be free.
+    ``folder`` is the run directory, in which ``disk_bytes`` must be free. With ``min_allreduce_gb_per_s`` the processes
+    measure how fast they are together.
 
     Raises:
-        BadNode: on every rank, when a device or the run directory fails on any, or they do not reach each other.
+        BadNode: on every rank, when a device or the run directory fails on any, or they do not reach each other, or
+            not as fast as they must.
         ValueError: on every rank, when there is too little space, or not all have equal settings and packages.
     """
     mine = _report(folder, device, settings, disk_bytes)
@@ -78,6 +94,8 @@ def check(folder: Path, device: torch.device, settings: Mapping[str, Any], *, di
     _check_equal(reports)
     if len(reports) > 1:
         _check_reduce(device, len(reports))
+        if min_allreduce_gb_per_s is not None:
+            _check_bandwidth(device, len(reports), min_allreduce_gb_per_s)
 
 
 def _report(folder: Path, device: torch.device, settings: Mapping[str, Any], disk_bytes: float) -> Report:
@@ -239,10 +257,50 @@ def _check_reduce(device: torch.device, world_size: int) -> None:
         distributed.all_reduce(total)
         total.cpu()  # waits for it
 
+    _together(reduce)
+    if float(total) != world_size:
+        raise runs.BadNode(f"a sum of ones over {world_size} processes is {float(total)}", here=False)
+
+
+def _check_bandwidth(device: torch.device, world_size: int, floor: float) -> None:
+    """Hold the best of some large all-reduces against the floor; the slowest rank speaks for all."""
+    block = torch.zeros(REDUCED_BYTES.get(device.type, 2**24) // 4, device=device)
+    seconds = torch.full((1,), float("inf"), dtype=torch.float64, device=device)
+
+    def measure() -> None:
+        for _ in range(1 + REDUCTIONS):  # NCCL opens its channels in the first
+            begun = time.perf_counter()
+            distributed.all_reduce(block)
+            block[:1].cpu()  # waits for it
+            seconds.clamp_(max=time.perf_counter() - begun)
+        distributed.all_reduce(seconds, op=distributed.ReduceOp.MAX)
+        seconds.cpu()
+
+    _together(measure)
+    found = bus_bandwidth(block.nbytes, world_size, float(seconds))
+    told = f"an all-reduce of {block.nbytes / 2**20:.0f} MiB over {world_size} processes makes {found:.3g} GB/s"
+    log.info("%s; run.min_allreduce_gb_per_s=%g", told, floor)
+    if found < floor:
+        raise runs.BadNode(f"{told}, less than run.min_allreduce_gb_per_s={floor:g}", here=False)
+
+
+def bus_bandwidth(size: int, world_size: int, seconds: float) -> float:
+    """What an all-reduce of so many bytes asks of each link, in 10^9 bytes per second.
+
+    ``2 (n - 1) / n * size / seconds``: comparable over numbers of processes (NVIDIA, nccl-tests, PERFORMANCE.md, "bus
+    bandwidth").
+    """
+    return 2 * (world_size - 1) / world_size * size / seconds / 1e9
+
+
+def _together(collective: Callable[[], None]) -> None:
+    """Do what needs all processes.
+
+    Raises:
+        BadNode: it failed, or took too long.
+    """
     try:
-        _within(REDUCE_SECONDS, reduce)
+        _within(REDUCE_SECONDS, collective)
     except (RuntimeError, OSError) as error:
         text = f"processes do not reach each other: {type(error).__name__}: {error}"
         raise runs.BadNode(text, here=False) from error
-    if float(total) != world_size:
-        raise runs.BadNode(f"a sum of ones over {world_size} processes is {float(total)}", here=False)

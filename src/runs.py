@@ -71,6 +71,10 @@ class BadNode(RuntimeError):  # noqa: N818
         """Whether it is this process's node."""
 
 
+MAY_CHANGE = ("wandb", "project", "tensorboard", "hang_seconds", "min_allreduce_gb_per_s")
+"""Settings of ``run`` that a restart may change: all but the seed."""
+
+
 class WandbMode(StrEnum):
     """Where the metrics go besides ``metrics.jsonl``."""
 
@@ -92,6 +96,9 @@ class RunConfig:
     """A process that trains or captures and makes no progress for so long ends itself with its stacks; 0: never."""
     tensorboard: bool = False
     """Event files in the run directory's ``tensorboard/`` too; needs the extra ``watch``."""
+    min_allreduce_gb_per_s: float | None = None
+    """The least bus bandwidth of an all-reduce, in 10^9 bytes per second, with which processes that train or capture
+    start; unset: it is not measured."""
 
     def __post_init__(self) -> None:
         if self.tensorboard:
@@ -100,6 +107,10 @@ class RunConfig:
             raise ValueError(f"run.seed must be in 0..{2**32 - 1}, got {self.seed}")
         if not 0 <= self.hang_seconds < math.inf:
             raise ValueError(f"run.hang_seconds must be >= 0 and finite, got {self.hang_seconds}")
+        if self.min_allreduce_gb_per_s is not None and not 0 < self.min_allreduce_gb_per_s < math.inf:
+            raise ValueError(
+                f"run.min_allreduce_gb_per_s must be > 0 and finite, or unset, got {self.min_allreduce_gb_per_s}"
+            )
 
 
 def plain(value: Any) -> Any:
@@ -537,7 +548,7 @@ def _check_settings(run: Run, may_change: Collection[str]) -> None:
     if saved.get("recipe") != run.recipe:
         raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
     old, new = _flat(saved["settings"]), _flat(run.settings)
-    allowed = {"out", "run.wandb", "run.project", "run.tensorboard", "run.hang_seconds", *may_change}
+    allowed = {"out", *(f"run.{name}" for name in MAY_CHANGE), *may_change}
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

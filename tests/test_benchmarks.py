@@ -149,7 +149,7 @@ def test_every_way_of_watching_does_what_it_is_called(monkeypatch: pytest.Monkey
     with overhead.bench(tmp_path / "run", options) as it:
         found = overhead.measure(it, options)
         assert found[overhead.NOTHING][0].inside < found[overhead.CHECKPOINTS][0].inside
-        assert it.job.counters.step == 2 * 4 * 4
+        assert it.job.counters.step == 2 * 5 * 4
     rows = runs.read_metrics(tmp_path / "run")
     assert len([row for row in rows if "train/loss" in row]) == 2 * 2 * (4 // 2)
     assert len([row for row in rows if "perf/save_s" in row]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,12 @@ distributed.init_process_group("gloo", timeout=timedelta(hours=1))
 versions, matmul, reduce = preflight._versions, preflight._check_matmul, distributed.all_reduce
 preflight.REPORT_SECONDS = preflight.REDUCE_SECONDS = 5.0
 
+calls = []
+
+def counted(total, **options):
+    calls.append(total.nbytes)
+    return reduce(total, **options)
+
 def broken(device):
     raise RuntimeError("xid 79")
 
@@ -43,21 +50,31 @@ def phase(name):
     odd = rank == 1
     preflight._versions = lambda: versions() | ({"numpy": "1.0"} if name == "versions" and odd else {})
     preflight._check_matmul = broken if name == "device" and odd else matmul
-    distributed.all_reduce = (lambda total: time.sleep(60)) if name == "reduce" and odd else reduce
+    calls.clear()
+    if name == "reduce" and odd:
+        distributed.all_reduce = lambda total: time.sleep(60)
+    else:
+        distributed.all_reduce = counted
     if name == "silent" and odd:
         next(preflight._calls)
         return "slept"
     if name == "wrong sum":
         distributed.all_reduce = lambda total: None
+    floor = {"fast enough": 1e-6, "too slow": 1e6}.get(name)
+    if name == "slow rank" and odd:
+        distributed.all_reduce = lambda total, **options: (time.sleep(0.2), reduce(total, **options))
+    floor = 2.0**24 / 0.2 / 1e9 if name == "slow rank" else floor  # what 0.2 s for each make of it
+    rooms = {"disk_bytes": 2**60 if name == "disk" and odd else 0, "min_allreduce_gb_per_s": floor}
     try:
-        preflight.check(folder, torch.device("cpu"), settings, disk_bytes=2**60 if name == "disk" and odd else 0)
+        preflight.check(folder, torch.device("cpu"), settings, **rooms)
     except runs.BadNode as bad:
         return f"bad node, {'here' if bad.here else 'elsewhere'}: {bad}"
     except ValueError as error:
         return f"user: {error}"
-    return "fine"
+    return f"fine after reducing {sum(calls)} bytes"
 
-phases = ("equal", "settings", "versions", "device", "disk", "wrong sum", "reduce", "silent")
+phases = ("equal", "settings", "versions", "device", "disk", "wrong sum", "fast enough", "too slow", "slow rank")
+phases += ("reduce", "silent")
 found = {name: phase(name) for name in phases}
 (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 time.sleep(6)  # the other one's time is not over
@@ -93,9 +110,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_all_ranks_end_with_the_words_of_the_one_that_found_it(
     found: list[dict[str, str]], fault: str, words: tuple[str, ...]
 ) -> None:
-    assert found[0]["equal"] == found[1]["equal"] == "fine"
+    assert found[0]["equal"] == found[1]["equal"] == "fine after reducing 4 bytes"
     assert found[0][fault] == found[1][fault]
     assert all(word in found[0][fault] for word in words)
+
+
+@pytest.mark.slow
+def test_processes_that_are_slower_together_than_asked_for_are_bad_nodes(found: list[dict[str, str]]) -> None:
+    """The figure and the floor are told; without a floor nothing is measured; one slow rank speaks for all."""
+    measured = 4 + 6 * 2**24 + 8
+    assert found[0]["fast enough"] == found[1]["fast enough"] == f"fine after reducing {measured} bytes"
+    for phase, floor in (("too slow", "1e+06"), ("slow rank", "0.0838861")):
+        assert found[0][phase] == found[1][phase]
+        assert re.fullmatch(
+            r"bad node, elsewhere: an all-reduce of 16 MiB over 2 processes makes [0-9.e+-]+ GB/s, "
+            rf"less than run\.min_allreduce_gb_per_s={re.escape(floor)}",
+            found[0][phase],
+        )
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(2, 1.0), (4, 1.5), (1024, 2.0 * 1023 / 1024)])
+def test_bus_bandwidth_is_what_each_link_carries(world_size: int, expected: float) -> None:
+    """A ring sends 2 (n - 1) / n of the bytes over each link."""
+    assert preflight.bus_bandwidth(10**9, world_size, 1.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_floor_that_cannot_be_meant_is_refused(floor: float) -> None:
+    with pytest.raises(ValueError, match=r"run\.min_allreduce_gb_per_s must be > 0 and finite, or unset, got"):
+        runs.RunConfig(min_allreduce_gb_per_s=floor)
 
 
 @pytest.mark.slow
@@ -238,7 +281,7 @@ def test_a_fault_is_found_before_any_weight_is_read_or_hashed(
     monkeypatch.setattr(module, "check", lambda config: (None, tmp_path, {}))
     monkeypatch.setattr(module.launch, "new_accelerator", lambda *_, **__: accelerator)
     monkeypatch.setattr(module._teaching, "room", lambda *_: 0)
-    config = SimpleNamespace(deepspeed=None, optim=SimpleNamespace(clip_norm=1.0))
+    config = SimpleNamespace(deepspeed=None, optim=SimpleNamespace(clip_norm=1.0), run=runs.RunConfig())
     with pytest.raises(runs.BadNode):
         module.train(config, SimpleNamespace(path=tmp_path, settings={}))
     module = recipe("cache")

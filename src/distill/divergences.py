@@ -156,7 +156,10 @@ def _add_divergence(
         sums[TEACHER_ENTROPY] = -_dot(p, log_p)
         sums[AGREE] = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
         for place, one in enumerate(log_ps):
-            sums[KL + place] = _dot(p if one is log_p else one.exp(), one - log_q)
+            if one is log_p and objective.divergence is Divergence.forward_kl:
+                sums[KL + place] = kd
+            else:
+                sums[KL + place] = _dot(p if one is log_p else one.exp(), one - log_q)
     return _through_softmax(p, q, u) if wants_slope else None
 
 

@@ -34,6 +34,10 @@ SETTINGS_OF_OTHERS = ("TRACKIO_", "GRADIO_", "SPACE_", "SYSTEM", "MCP_")
 """Beginnings of environment variables by which the library would send rows away, or listen to the world."""
 
 
+PLACE = ("step", "time", "restart")
+"""What a row says beside metrics."""
+
+
 class State(StrEnum):
     """What a run directory says of its run."""
 
@@ -212,6 +216,38 @@ class Board:
         return copied
 
 
+class Curves:
+    """Parts what one run logs into curves and single values.
+
+    A page of charts shows a number that was logged once as a bar of a chart's size. So a metric waits for its second
+    value, and is a fact about the run until then.
+    """
+
+    def __init__(self) -> None:
+        self._curves: set[str] = set()
+        self._single: dict[str, tuple[dict[str, Any], Any]] = {}
+
+    @property
+    def single(self) -> dict[str, Any]:
+        """The values of metrics that have one so far."""
+        return {name: value for name, (_, value) in self._single.items()}
+
+    def split(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row's metrics that are curves, behind the first values of those that become one with it."""
+        at = {name: row[name] for name in PLACE if name in row}
+        metrics = {name: value for name, value in _shown(row).items() if name in self._curves}
+        begun: dict[int, dict[str, Any]] = {}
+        for name, value in _shown(row).items():
+            if name in self._single:
+                place, first = self._single.pop(name)
+                begun.setdefault(place["step"], dict(place))[name] = first
+                self._curves.add(name)
+                metrics[name] = value
+            elif name not in self._curves:
+                self._single[name] = at, value
+        return [*begun.values(), {**at, **metrics}] if metrics else []
+
+
 class Trackio:
     """trackio's store in a folder of this machine's disk, and its server on this machine only."""
 
@@ -227,21 +263,28 @@ class Trackio:
             raise ValueError("the dashboard needs the package trackio: pip install 'llamita[watch]'") from error
         self._trackio, self._storage = trackio, SQLiteStorage
         self._server: Any = None
+        self._curves: dict[str, Curves] = {}
 
     def add(self, project: str, run: str, run_id: str, rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
         """Append rows, and replace what is known of the run."""
+        curves = self._curves.setdefault(run_id, Curves())
+        split = [part for row in rows for part in curves.split(row)]
+        if not split and rows:  # a run without any row would not be shown
+            split = [{name: rows[-1][name] for name in PLACE if name in rows[-1]}]
+        facts = config | {f"logged once/{name}": value for name, value in curves.single.items()}
         self._storage.bulk_log(
             project,
             run,
-            [_shown(row) for row in rows],
-            steps=[row["step"] for row in rows],
-            timestamps=[_iso(row.get("time")) for row in rows],
-            config=json.loads(json.dumps(config, default=str)),
+            [{name: value for name, value in row.items() if name not in PLACE} for row in split],
+            steps=[row["step"] for row in split],
+            timestamps=[_iso(row.get("time")) for row in split],
+            config=json.loads(json.dumps(facts, default=str)),
             run_id=run_id,
         )
 
     def remove(self, project: str, run: str, run_id: str) -> None:
         """Forget a run's rows."""
+        self._curves.pop(run_id, None)
         self._storage.delete_run(project, run, run_id=run_id)
 
     def serve(self, port: int | None) -> str:
@@ -268,11 +311,7 @@ class Trackio:
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers and words of a row, with the restart that wrote it."""
-    kept = {
-        name: value
-        for name, value in row.items()
-        if name not in ("step", "time", "restart") and isinstance(value, int | float | str)
-    }
+    kept = {name: value for name, value in row.items() if name not in PLACE and isinstance(value, int | float | str)}
     return {**kept, "run/restarts": row["restart"]}
 
 

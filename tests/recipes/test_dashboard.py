@@ -150,14 +150,50 @@ def test_a_directory_that_was_made_anew_is_copied_anew(tmp_path: Path) -> None:
     assert steps(memory, tmp_path.name, "run") == list(range(11, 19))
 
 
+def test_a_metric_becomes_a_curve_with_its_second_value_and_none_is_lost() -> None:
+    """Whatever was logged more than once is copied whole and in order; the rest is told as single values."""
+    rows: list[dict[str, Any]] = [{"step": 0, "time": 1.0, "restart": 0, "cost": 3.0, "val": 9.0, "word": "x"}]
+    rows += [{"step": step, "time": 2.0, "restart": 0, "loss": 1.0 / step} for step in (1, 2)]
+    rows += [{"step": 2, "time": 3.0, "restart": 0, "val": 8.0}, {"step": 3, "time": 4.0, "restart": 1, "loss": 0.5}]
+    rows += [{"step": 3, "time": 5.0, "restart": 1, "final": 7.0}]
+    curves = board.Curves()
+    copied = [part for row in rows for part in curves.split(row)]
+    for name in ("loss", "val"):
+        assert [(r["step"], r["time"], r[name]) for r in copied if name in r] == [
+            (r["step"], r["time"], r[name]) for r in rows if name in r
+        ]
+    assert [r["run/restarts"] for r in copied if "run/restarts" in r] == [r["restart"] for r in rows]
+    assert not {"cost", "word", "final"} & {name for r in copied for name in r}
+    assert curves.single == {"cost": 3.0, "word": "x", "final": 7.0}
+
+
+LISTENED_TO = """
+import runpy, sys
+told = open(sys.argv[1], "a", buffering=1)
+def listen(event, arguments):
+    match event:
+        case "socket.connect" | "socket.bind" | "socket.sendto":
+            told.write(f"{event} {arguments[1]!r}\\n")
+        case "socket.getaddrinfo" | "socket.gethostbyname" | "subprocess.Popen" | "os.posix_spawn":
+            told.write(f"{event} {arguments[0]!r}\\n")
+sys.addaudithook(listen)
+del sys.argv[:2]
+sys.path.insert(0, "recipes")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a recipe and writes down every socket, look-up and process that Python begins, in whatever library."""
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
-    """The recipe as a process that shows two runs, with variables by which the library would leave the machine."""
+    """The recipe as a process that shows three runs, with variables by which the library would leave the machine."""
     for name in ("demo/teacher", "demo/student"):
         log_steps(tmp_path / "outputs" / name, range(1, 6))
+    log_steps(tmp_path / "outputs" / "demo" / "data", range(1, 2))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "recipes/dashboard.py", f"runs={tmp_path / 'outputs'}", f"port={port}"]
+    command = [sys.executable, "-c", LISTENED_TO, str(tmp_path / "heard"), "recipes/dashboard.py"]
+    command += [f"runs={tmp_path / 'outputs'}", f"port={port}"]
     (tmp_path / "temporary").mkdir()
     environment = {
         **os.environ,
@@ -173,7 +209,7 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
     )
     try:
         assert process.stdout is not None
-        assert "2 runs below" in process.stdout.readline()
+        assert "3 runs below" in process.stdout.readline()
         yield process, tmp_path, port
     finally:
         process.kill()
@@ -190,6 +226,11 @@ def ask(port: int, question: str, **arguments: Any) -> Any:
         return json.loads(answer.read())["data"]
 
 
+def store_of(folder: Path) -> Path:
+    [store] = (folder / "temporary").glob("llamita-dashboard-*/demo.db")
+    return store
+
+
 def test_the_page_is_served_to_this_machine_only_and_follows_the_runs_until_it_is_stopped(
     served: tuple[subprocess.Popen[str], Path, int],
 ) -> None:
@@ -202,8 +243,7 @@ def test_the_page_is_served_to_this_machine_only_and_follows_the_runs_until_it_i
     log_steps(folder / "outputs" / "demo" / "teacher", range(4, 9))
 
     def rows() -> list[int]:
-        [store] = (folder / "temporary").glob("llamita-dashboard-*/demo.db")
-        with contextlib.closing(sqlite3.connect(store)) as opened:
+        with contextlib.closing(sqlite3.connect(store_of(folder))) as opened:
             return [s for (s,) in opened.execute("SELECT step FROM metrics WHERE run_name = 'teacher' ORDER BY step")]
 
     deadline = time.monotonic() + 60
@@ -216,8 +256,16 @@ def test_the_page_is_served_to_this_machine_only_and_follows_the_runs_until_it_i
         "metrics.jsonl",
         "logs",
     }
+    with contextlib.closing(sqlite3.connect(store_of(folder))) as opened:
+        found = opened.execute("SELECT metrics FROM metrics WHERE run_name = 'data'").fetchall()
+        [[config]] = opened.execute("SELECT config FROM configs WHERE run_name = 'data'").fetchall()
+    assert [json.loads(metrics) for (metrics,) in found] == [{}], "one row makes no curve"
+    assert json.loads(config)["logged once/train/loss"] == 1.0
     process.terminate()
     assert process.wait(timeout=60) == 0
+    heard = [line.partition(" ") for line in (folder / "heard").read_text().splitlines()]
+    assert f"('127.0.0.1', {port})" in {what for event, _, what in heard if event == "socket.bind"}
+    assert [(event, what) for event, _, what in heard if "'127.0.0.1'" not in what] == []
     assert not list((folder / "temporary").glob("llamita-dashboard-*"))
 
 
