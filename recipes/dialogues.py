@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from llamita import runs
-from llamita.align import dialogues, sources
-from llamita.align.dialogues import PARSERS, SPLITS, Refused, Row
+from llamita.align import dialogues, sources, verifiers
+from llamita.align.dialogues import PARSERS, SPLITS, Refused, Row, Task
 from llamita.align.sources import Kind, Side, SourceConfig
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ def take(
             break
         try:
             row = PARSERS[raw.kind](raw.row, f"{name}/{raw.place}")
+            if isinstance(row, Task) and row.check:
+                verifiers.validate(row.check)
         except ValueError as error:
             refused.add(f"{name}, {raw.place}", str(error))
             continue

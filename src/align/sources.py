@@ -53,6 +53,15 @@ class Kind(StrEnum):
     """A data set of the hub, or a folder that ``Dataset.save_to_disk`` wrote, whose rows are as ``form`` says."""
 
 
+class Demand(StrEnum):
+    """What the task of a function of the library asks for."""
+
+    signature = "signature"
+    """Python that parses and defines the function, with its arguments."""
+    parses = "parses"
+    """Python that parses."""
+
+
 class Side(StrEnum):
     """Which split a source's rows go to."""
 
@@ -77,6 +86,8 @@ class SourceConfig:
     side: Side = Side.auto
     take: list[str] = field(default_factory=lambda: ["dialogues", "pairs", "tasks"])
     """Which rows are wanted, where a source gives several kinds."""
+    demand: Demand = Demand.signature
+    """Of the tasks of ``kind=python_stdlib``; what an answer does of it is its reward."""
     system: str | None = None
     """A system message put before rows that have none."""
     max_rows: int | None = None
@@ -130,7 +141,7 @@ def _read(name: str, source: SourceConfig, allow_network: bool) -> Iterator[Raw]
         case Kind.stage:
             yield from _stage(Path(str(source.path)))
         case Kind.python_stdlib:
-            yield from functions()
+            yield from functions(source.demand)
         case Kind.datasets:
             form = FORMS[source.form]
             rows = hub.load(str(source.path), subset=source.subset, split=source.split, allow_network=allow_network)
@@ -344,7 +355,7 @@ def _stage(path: Path) -> Iterator[Raw]:
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
-def functions() -> Iterator[Raw]:
+def functions(demand: Demand = Demand.signature) -> Iterator[Raw]:
     """Dialogues about the functions of the standard library that have a docstring, in the order of a hash.
 
     Each function gives two dialogues, source to docstring and docstring to source, and a task of the second. The order
@@ -355,7 +366,7 @@ def functions() -> Iterator[Raw]:
     found = [(path, function) for path in sorted(files) for function in _documented(path)]
     found.sort(key=lambda pair: _order(pair[1].source))
     for path, function in found:
-        yield from _about(f"{path.relative_to(root)}:{function.line}", function)
+        yield from _about(f"{path.relative_to(root)}:{function.line}", function, demand)
 
 
 def _order(text: str) -> int:
@@ -399,12 +410,13 @@ def _fields(node: ast.FunctionDef) -> dict[str, Any]:
     return {**dict(ast.iter_fields(node)), "lineno": node.lineno, "col_offset": node.col_offset}
 
 
-def _about(place: str, function: Function) -> Iterator[Raw]:
+def _about(place: str, function: Function, demand: Demand) -> Iterator[Raw]:
     described = [{"role": "user", "content": f"Write the docstring of this function.\n\n{function.source}"}]
     wanted = f'Write this function.\n\n{function.signature}\n    """{function.docstring}"""'
     asked = [{"role": "user", "content": wanted}]
     for prompt, said in ((described, function.docstring), (asked, function.source)):
         messages = [*prompt, {"role": "assistant", "content": said}]
         yield Raw(place, "dialogues", {"messages": messages}, function.source)
-    check = {"kind": "python", "function": function.name, "arguments": list(function.arguments)}
+    signature = {"function": function.name, "arguments": list(function.arguments)}
+    check = {"kind": "python", **(signature if demand is Demand.signature else {})}
     yield Raw(place, "tasks", {"prompt": asked, "check": check}, function.source)
