@@ -201,7 +201,8 @@ class Stage:
 
     def load_other(self, path: Path) -> Any:
         """A model that rests, in the precision of the arithmetic."""
-        return checkpoints.load_model(path, dtype=self.precision, device=self.device, attn_implementation="sdpa").eval()
+        made = checkpoints.load_model(path, dtype=self.precision, device=self.device, attn_implementation="sdpa")
+        return made.train(False).requires_grad_(False)
 
     def handed_over(self, model: Any) -> Any:
         """The model where its trainer wants it: DeepSpeed itself brings to the device what stays there."""

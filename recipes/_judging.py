@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ TRAINERS = {
     "rloo": ("rloo_config", "RLOOConfig", "LeaveOneOutTrainer"),
     "distill": ("distillation_config", "DistillationConfig", "OnPolicyTrainer"),
 }
+
+
+def check_backend(trainer: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where answers are to be drawn by a program that is not installed."""
+    if trainer.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise ValueError("trainer.use_vllm=true needs vLLM, which is not installed; without it transformers is used")
 
 
 def kind(method: str) -> tuple[Any, Any]:

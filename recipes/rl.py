@@ -119,6 +119,7 @@ def check(config: Rl) -> tuple[_aligning.Given, dict[str, reinforce.Prompts], di
         ValueError: settings, models and data do not go together.
     """
     trainers.check_installed()
+    _judging.check_backend(config.trainer)
     given = _aligning.open_all(config, "tasks")
     prompts = _judging.encoded(config, given)
     if config.teacher.path is not None:

@@ -102,7 +102,7 @@ def stored_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     tensors = shape_of(config).tensors()
     if is_reward_model(config):
         tensors.pop("lm_head.weight", None)
-        tensors["score.weight"] = (config.num_labels, config.hidden_size)
+        tensors["score.weight"] = (int(config.num_labels or 1), config.hidden_size)
     if is_classifier(config):
         tensors["score.weight"] = tensors.pop("lm_head.weight")
         tensors["score.bias"] = tensors["score.weight"][:1]

@@ -54,13 +54,13 @@ def tasks(first: int, last: int, **check: Any) -> list[Task]:
     return [Task(f"task-{n}", asked(n), check) for n in range(first, last)]
 
 
-def data(folder: Path, rows: Any = None, *, training: int = 10, validation: int = 6) -> Path:
+def data(folder: Path, rows: Any = None, *, training: int = 10, validation: int = 6, **check: Any) -> Path:
     """A directory as the recipe ``dialogues`` writes it; ``rows`` by split, in the place of pairs and tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     last = training + validation
     usual = {
-        "train": {"pairs": pairs(0, training), "tasks": tasks(0, training)},
-        "validation": {"pairs": pairs(training, last), "tasks": tasks(training, last)},
+        "train": {"pairs": pairs(0, training), "tasks": tasks(0, training, **check)},
+        "validation": {"pairs": pairs(training, last), "tasks": tasks(training, last, **check)},
     }
     dialogues.write_all(folder, rows or usual, {})
     return folder

@@ -29,7 +29,7 @@ def with_score(model: LlamaForCausalLM, *, pad_id: int, seed: int) -> LlamaForSe
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, pad_id
     with torch.device("meta"):
-        made: Any = LlamaForSequenceClassification(config)
+        made: Any = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
     made.model = model.model
     generator = torch.Generator().manual_seed(seed)
     size = config.hidden_size

@@ -26,6 +26,12 @@ class Prompted(Watched):
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [self.encoder.prompt(prompt) for prompt in prompts], None, {}
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._buffered_inputs is None:  # type: ignore[has-type]
+            # TRL counts micro-batches from zero at every start, also in the middle of answers that are used for long.
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+
     def whole_model(self) -> AbstractContextManager[Any]:
         """The model to let it speak; whole on every rank while the context is open."""
         context: AbstractContextManager[Any] = unwrap_model_for_generation(

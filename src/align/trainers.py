@@ -282,10 +282,11 @@ def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]
     check_keys(kind, given, ours)
     if "deepspeed" in ours:
         _meet_for_deepspeed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            made = kind(**ours, **given)
-        except TypeError as error:
-            raise ValueError(f"{kind.__name__} of TRL refuses trainer={dict(given)}: {error}") from error
+    # TRL's and transformers' own calls of what they are about to rename.
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=f".*`{name}.*deprecated", category=FutureWarning)
+    try:
+        made = kind(**ours, **given)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} of TRL refuses trainer={dict(given)}: {error}") from error
     return made

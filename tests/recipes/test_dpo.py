@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import preferred
-from conftest import REPOSITORY
 from llamita import chat, checkpoints, runs
 from llamita.align import preferences, trainers, watch
 from llamita.distill import launch
-
-PROCESSES = REPOSITORY / "tests/align/processes"
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +165,33 @@ def test_a_run_that_was_stopped_and_killed_gives_the_bytes_of_one_that_was_not(
     assert watch.steps_in(out / "checkpoints") == [6, 8]
 
 
+def test_a_crash_while_a_checkpoint_is_written_loses_that_one_alone(
+    recipe: Callable[[str], ModuleType],
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second checkpoint of the run; the first stays, and the result is that of a run without a crash."""
+    module, out = recipe("dpo"), tmp_path / "out"
+    config = settings(module, folder, out, steps=8)
+    seen: list[str] = []
+
+    def crash(name: str) -> None:
+        seen.append(name)
+        if name == "before_manifest" and seen.count(name) == 2:
+            raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "crash_point", crash)
+        with pytest.raises(RuntimeError, match="the power went"):
+            module.run(config)
+    whole = {step: (out / f"checkpoints/checkpoint-{step}/MANIFEST.json").exists() for step in (2, 4)}
+    assert whole == {2: True, 4: False}
+    module.run(config)
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
 def test_a_checkpoint_of_another_model_is_not_gone_on_with(
     recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +239,7 @@ def test_adapters_end_in_a_stock_llama_of_which_only_the_projections_moved(
         stop_after(1, out, patch)
         with pytest.raises(runs.Stopped):
             module.run(config)
-    module.run(config)
+    module.run(dataclasses.replace(config, micro_batch_rows=2))  # what is learnt does not depend on it
     before, after = (checkpoints.load_model(path).state_dict() for path in (folder / "model", out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == 14
@@ -265,30 +286,3 @@ def test_settings_and_data_without_meaning_are_named(
     data = module._aligning.DataConfig(path=tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has no train\.pairs\.jsonl; it has 2 in train\.tasks\.jsonl"):
         module.run(settings(module, folder, tmp_path / "out", data=data))
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns_with_and_without_deepspeed(folder: Path, finished: Path) -> None:
-    """Also stopped on one rank and gone on with."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = ":".join([str(REPOSITORY / "typings"), str(REPOSITORY / "tests"), str(REPOSITORY / "recipes")])
-    made = subprocess.run(
-        [*command, str(PROCESSES / "dpo_ranks.py"), str(folder)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    one = {row["step"]: row for row in runs.read_metrics(finished) if "train/loss" in row}
-    whole = checkpoints.load_model(finished)
-    for name in ("ddp", "zero2"):
-        out = folder / name
-        rows = {row["step"]: row for row in runs.read_metrics(out) if "train/loss" in row}
-        assert rows.keys() == one.keys()
-        for step, row in rows.items():
-            for metric in ("train/loss", "optim/grad_norm", "dpo/margin"):
-                assert row[metric] == pytest.approx(one[step][metric], rel=1e-3, abs=1e-5), (name, step, metric)
-        for got, expected in zip(checkpoints.load_model(out).parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
-        summaries = [runs.check_done(path)["summary"] for path in (out, finished)]
-        for metric in ("val/held_out/dpo_margin", "before/val/held_out/logp_margin"):
-            assert summaries[0][metric] == pytest.approx(summaries[1][metric], rel=1e-3, abs=1e-4)
-    assert json.loads((folder / "zero2/run.json").read_text())["restarts"] == 1

@@ -1,0 +1,88 @@
+"""Two processes: data parallel and DeepSpeed learn what one process learns, stop together, and fail together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import preferred
+from conftest import REPOSITORY
+from llamita import checkpoints, runs
+
+SCRIPT = REPOSITORY / "tests/align/processes/ranks.py"
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, and in ``one`` what this one makes of the same pairs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    preferred.model(folder / "model")
+    preferred.data(folder / "data", kind="letters")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = ":".join(str(REPOSITORY / name) for name in ("typings", "tests", "recipes"))
+    made = subprocess.run([*command, str(SCRIPT), str(folder)], env=env, capture_output=True, text=True, timeout=400)
+    assert made.returncode == 0, made.stdout + made.stderr
+    module = recipe("dpo")
+    module.run(
+        module.Dpo(
+            model=module._aligning.ModelConfig(path=folder / "model"),
+            data=module._aligning.DataConfig(path=folder / "data"),
+            max_length=128,
+            global_batch_rows=10,
+            micro_batch_rows=10,
+            steps=4,
+            learning_rate=3e-3,
+            out=folder / "one",
+        )
+    )
+    return folder
+
+
+def steps_of(path: Path, name: str) -> dict[int, Any]:
+    return {row["step"]: row[name] for row in runs.read_metrics(path) if name in row}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_two_processes_learn_what_one_learns(name: str, folder: Path) -> None:
+    """``zero2`` was stopped on one rank after its third step, and gone on with."""
+    one, two = folder / "one", folder / name
+    for metric in ("train/loss", "optim/grad_norm", "dpo/margin", "val/held_out/dpo_margin"):
+        assert steps_of(two, metric) == pytest.approx(steps_of(one, metric), rel=1e-4, abs=1e-5)
+    for got, expected in zip(*(checkpoints.load_model(path).parameters() for path in (two, one)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stop_on_one_rank_is_heard_by_all(folder: Path) -> None:
+    assert {(folder / f"zero2-{rank}.txt").read_text() for rank in (0, 1)} == {
+        "stopped after step 3 of 4; start it again to go on"
+    }
+    assert runs.read_json(folder / "zero2/run.json")["restarts"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp_nan", "zero2_nan"])
+def test_a_loss_that_is_not_finite_on_one_rank_ends_the_run_on_all(name: str, folder: Path) -> None:
+    said = {(folder / f"{name}-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(said) == 1
+    assert said.pop().startswith("1 steps in a row had no finite loss and gradient, the last was step 4")
+    assert not (folder / name / "model.safetensors").exists()
+    assert [path.name for path in (folder / name / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+def test_answers_and_their_rewards_are_the_same_however_the_weights_are_spread(folder: Path) -> None:
+    whole, spread = folder / "rl_ddp", folder / "rl_zero3"
+    for metric in ("rl/reward", "val/held_out/reward", "val/held_out/kl_to_start"):
+        assert steps_of(spread, metric) == pytest.approx(steps_of(whole, metric), rel=1e-3)
+    assert len(steps_of(spread, "val/held_out/reward")) == 2
