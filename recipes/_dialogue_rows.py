@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def _encode(split: str, wanted: Wanted, scratch: Path) -> _Encoded:
     """The words of a split, those refused by the encoder counted and told, and which of them fit a row."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     rows = wanted.data.dialogues(split)
     texts = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
     encoder = fit.CheckedEncoder(wanted.tokenizer, chat.DATE)

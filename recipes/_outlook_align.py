@@ -11,6 +11,7 @@ from typing import Any
 import _outlook_distill
 from _world import Outlook, Rows, Talks, World, normal
 from llamita import checks, estimate, runs
+from llamita.data.tokens import num_cores
 from llamita.distill import fused, loop
 from llamita.distill.launch import Precision
 from llamita.distill.lora import LoraConfig
@@ -53,6 +54,7 @@ def sft(config: Any, world: World, outlook: Outlook) -> None:
     student = world.model("model.path", config.model.path, outlook)
     packed = Rows(length, 0, {"train": rows, "validation": max(1, config.validation_rows)})
     _outlook_distill.trained(training, packed, student, world, outlook, own="model.path")
+    outlook.hours = estimate.prepare_hours(tokens, config.num_proc or num_cores())
     outlook.disk["packed dialogues"] = 4.0 * rows * (length + 1)
     outlook.may_change = ("num_proc", *loop.MAY_CHANGE)
 
