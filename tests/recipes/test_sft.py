@@ -345,6 +345,7 @@ def test_rows_of_other_dialogues_are_refused_on_a_restart_and_damaged_ones_too(
     assert not [path for path in (tmp_path / "run").glob(".*") if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_rows_are_written_leaves_nothing_and_costs_nothing(
     model: Path, data: Path, trained: Path, module: ModuleType, tmp_path: Path
 ) -> None:
@@ -419,6 +420,8 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     """In a template's text the name of a special token could not be told from the token."""
     templated = tmp_path / "templated"
     shutil.copytree(model, templated)
+    settings_of_its_own = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1, "_from_model_config": True}
+    runs.write_json(templated / "generation_config.json", settings_of_its_own)
     (templated / "chat_template.jinja").write_text(chat.TEMPLATE + "{# another #}")
     bad = [{"role": "user", "content": f"what is {chat.TURN_END}?"}, {"role": "assistant", "content": "an end"}]
     source = write(tmp_path / "talks", [bad, *(talk(n) for n in range(9))], [talk(9)])
@@ -429,6 +432,13 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     config.data.max_refused = 0.2
     assert len(documents(packed(module, config), "train")) == 9
     assert module._dialogue_rows.counts(config.out / "packed")["sft/refused"] == 1
+    spoken = runs.read_json(config.out / "packed/tokenizer/generation_config.json")
+    assert (spoken["temperature"], spoken["eos_token_id"]) == (
+        0.6,
+        chat.Encoder(module.check(config).tokenizer).stop_ids,
+    )
+    assert "_from_model_config" not in spoken
+    assert (config.out / "packed/tokenizer/chat_template.jinja").read_text().endswith("{# another #}")
     assert "dialogue train-0: a message holds the special token <|eot_id|>" in caplog.text
 
 
