@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llamita import chat, checkpoints, runs
 from llamita.align.dialogues import Dialogue, DialogueData, Refused
@@ -133,6 +133,8 @@ def _encode(split: str, wanted: Wanted, scratch: Path) -> _Encoded:
     """The words of a split, those refused by the encoder counted and told, and which of them fit a row."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     rows = wanted.data.dialogues(split)
     texts = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
     encoder = fit.CheckedEncoder(wanted.tokenizer, chat.DATE)
@@ -216,13 +218,11 @@ def speak(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: chat.Encoder
     """Put into ``folder`` what a model needs to be talked to: a chat template if it has none, and where answers end."""
     if not tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
-    settings = GenerationConfig()  # type: ignore[no-untyped-call]
-    with contextlib.suppress(OSError):  # a model that was never made to generate
-        settings = GenerationConfig.from_pretrained(model)
-    settings.bos_token_id = encoder.borders.bos_id
-    settings.eos_token_id = encoder.stop_ids
-    settings.pad_token_id = encoder.borders.pad_id
-    settings.save_pretrained(folder)
+    file = model / GENERATION
+    settings = runs.read_mapping(file) if file.is_file() else {}
+    settings.pop("_from_model_config", None)  # it would be made anew from config.json
+    ends = {"bos_token_id": encoder.borders.bos_id, "eos_token_id": encoder.stop_ids}
+    runs.write_json(folder / GENERATION, {**settings, **ends, "pad_token_id": encoder.borders.pad_id})
 
 
 def _stop_if_asked(this: runs.Run) -> None:

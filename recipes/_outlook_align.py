@@ -11,6 +11,7 @@ from typing import Any
 import _outlook_distill
 from _world import Outlook, Rows, Talks, World, normal
 from llamita import checks, estimate, runs
+from llamita.data.tokens import num_cores
 from llamita.distill import fused, loop
 from llamita.distill.launch import Precision
 from llamita.distill.lora import LoraConfig
@@ -53,6 +54,7 @@ def sft(config: Any, world: World, outlook: Outlook) -> None:
     student = world.model("model.path", config.model.path, outlook)
     packed = Rows(length, 0, {"train": rows, "validation": max(1, config.validation_rows)})
     _outlook_distill.trained(training, packed, student, world, outlook, own="model.path")
+    outlook.hours = estimate.prepare_hours(tokens, config.num_proc or num_cores())
     outlook.disk["packed dialogues"] = 4.0 * rows * (length + 1)
     outlook.may_change = ("num_proc", *loop.MAY_CHANGE)
 
@@ -70,9 +72,21 @@ def reward(config: Any, world: World, outlook: Outlook) -> None:
 
 
 def reinforcement(config: Any, world: World, outlook: Outlook) -> None:
-    """``rl``: answers are generated, and read by the policy and by a reference that rests beside it."""
-    _judge(config, world, outlook)
-    _aligned(config, world, outlook, "tasks", resident_reference=True)
+    """``rl``: tasks are answered several times; a teacher, a judge and, where it counts, a reference rest beside."""
+    method = str(_given(config, "method", default="grpo"))
+    answers = int(_given(config, "num_generations", "trainer.num_generations", default=8))
+    new = int(_given(config, "max_answer_tokens", "trainer.max_completion_length", default=GENERATED_TOKENS))
+    leash = float(_given(config, "kl_weight", "trainer.beta", default=0.05 if method == "rloo" else 0.0))
+    beside = {}
+    if (judge := _judge(config, world, outlook)) is not None:
+        beside["reward"] = judge
+    if (path := _given(config, "teacher.path", default=None)) is not None:
+        teacher = world.model("teacher.path", path, outlook)
+        beside |= {"teacher": teacher} if teacher is not None else {}
+    model = checks.model_shape(config.model.path) or world.made.get(normal(config.model.path))
+    if leash > 0 and not _given(config, "lora.rank", default=0) and isinstance(model, LlamaShape):
+        beside["reference"] = model  # with adapters it is the model without them
+    _aligned(config, world, outlook, "tasks", beside=beside, answers=answers, new=new, reference=False)
 
 
 def sample(config: Any, world: World, outlook: Outlook) -> None:
@@ -170,15 +184,16 @@ def _language_model(config: Any, world: World, outlook: Outlook) -> LlamaShape |
     return shape
 
 
-def _judge(config: Any, world: World, outlook: Outlook) -> None:
+def _judge(config: Any, world: World, outlook: Outlook) -> LlamaShape | None:
     """A reward model, where the settings name one that another stage makes or that should be there."""
-    for setting in ("reward.path", "reward_model.path"):
-        if (path := _given(config, setting, default=None)) is None:
-            continue
-        if normal(Path(path)) in world.made:
-            world.model(setting, Path(path), outlook)
-        elif not (Path(path) / "config.json").is_file():
-            outlook.mistakes.append(f"{setting}={path} is not a model directory: it has no config.json")
+    if (path := _given(config, "reward.path", default=None)) is None:
+        return None
+    if normal(path) in world.made:
+        return world.model("reward.path", path, outlook)
+    if (path / "config.json").is_file():
+        return checks.model_shape(path)
+    outlook.mistakes.append(f"reward.path={path} is not a model directory: it has no config.json")
+    return None
 
 
 def _tokens(talks: Talks, kind: str, outlook: Outlook) -> float:
@@ -198,9 +213,15 @@ def _aligned(
     *,
     sequences: int = 1,
     reference: bool = True,
-    resident_reference: bool = False,
+    beside: Mapping[str, LlamaShape] | None = None,
+    answers: int = 1,
+    new: int = 0,
 ) -> None:
-    """Full fine-tuning of ``model.path`` on rows of ``sequences`` sequences each, beside a reference or after it."""
+    """Fine-tuning of ``model.path`` on rows of ``sequences`` sequences each.
+
+    ``reference``: it is read once by the model as it was; ``beside`` are models that read it all the time; ``answers``
+    of ``new`` tokens are generated to each row, and are rows of the batch.
+    """
     talks = world.talks("data.path", config.data.path, outlook, kind)
     outlook.processes = world.processes
     if (shape := _language_model(config, world, outlook)) is None:
@@ -211,8 +232,8 @@ def _aligned(
     step = int(_given(config, "global_batch_rows", default=micro * accumulated * world.processes))
     outlook.mistakes += checks.division(step, micro, world.processes)
     length = int(_given(config, "max_length", "sequence_length", "trainer.max_length", default=world.sequence_length))
-    tokens = _tokens(talks, kind, outlook)
-    rows = talks.rows.get(f"train.{kind}") or ASSUMED_ROWS
+    rows = (talks.rows.get(f"train.{kind}") or ASSUMED_ROWS) * answers
+    tokens = _tokens(talks, kind, outlook) * answers + float(rows * new)
     epochs = float(_given(config, "epochs", "trainer.num_train_epochs", default=1))
     steps = int(_given(config, "steps", "trainer.max_steps", default=0)) or math.ceil(epochs * rows / step)
     precision = _given(config, "precision", default=Precision.auto)
@@ -221,10 +242,13 @@ def _aligned(
     kept = estimate.Precision.bfloat16 if stage else estimate.Precision.autocast
     rank = int(_given(config, "lora.rank", default=0))
     on = "cuda" if world.hardware.is_gpu else "cpu"
-    beside = estimate.Teacher(name="reference", shape=shape, bytes_per_value=2 if half else 4)
+    resident = [
+        estimate.Teacher(name=name, shape=other, bytes_per_value=2 if half else 4)
+        for name, other in (beside or {}).items()
+    ]
     training = estimate.Training(
         student=shape,
-        teachers=[beside] if resident_reference and not rank else [],
+        teachers=resident,
         precision=kept if half else estimate.Precision.float32,
         zero_stage=stage,
         processes=world.processes,
@@ -242,16 +266,21 @@ def _aligned(
         adapter_parameters=LoraConfig(rank=rank).num_parameters(shape) if rank else 0,
     )
     outlook.parameters = {"model": shape.num_parameters}
-    outlook.memory = estimate.training_memory(training)
+    outlook.memory = {name.removeprefix("teacher "): size for name, size in estimate.training_memory(training).items()}
     if not world.hardware.is_gpu:
         outlook.memory = {"Python and its libraries": estimate.PYTHON_BYTES} | outlook.memory
     # Rows are as long as they are, and only padded to the longest beside them.
     share = min(1.0, tokens / (rows * sequences * length))
-    outlook.flops = {name: share * flops for name, flops in estimate.training_flops(training).items()}
-    if reference and not resident_reference:
-        outlook.flops["reference, forward"] = tokens * shape.forward_flops_per_token(min(length, tokens / rows) / 2)
+    whole = estimate.training_flops(training)
+    outlook.flops = {name.removeprefix("teacher "): share * flops for name, flops in whole.items()}
+    context = min(length, tokens / rows) / 2
+    if reference:
+        outlook.flops["reference, forward"] = tokens * shape.forward_flops_per_token(context)
+    if new:
+        outlook.flops["answers, forward"] = steps * step * tokens / rows * shape.forward_flops_per_token(context)
+        outlook.notes.append("generating waits for memory, not for arithmetic, and takes several times as long")
     saved = 2 if half else 4
     outlook.disk = estimate.training_disk(training, saved_bytes_per_value=saved)
     outlook.written_bytes = estimate.training_written(training, saved_bytes_per_value=saved)
     outlook.read_bytes = 2.0 * shape.num_parameters
-    outlook.notes.append(f"{steps:,} steps of {step} {kind}")
+    outlook.notes.append(f"{steps:,} steps of {step} {'answers' if new else kind}")

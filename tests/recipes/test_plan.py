@@ -516,7 +516,10 @@ def test_a_kept_plan_does_not_make_the_directory_a_strangers(plan: Planner, tmp_
     assert plan(*overrides)["mistakes"] == []
 
 
-@pytest.mark.parametrize("name", ["prepare", "prune", "distill", "evaluate", "report", "pipeline"])
+ALIGNING = ["dialogues", "sft", "sample", "dpo", "reward", "rl", "average"]
+
+
+@pytest.mark.parametrize("name", ["prepare", "prune", "distill", "evaluate", "report", "pipeline", *ALIGNING])
 def test_no_recipe_has_a_setting_of_the_plans_own_name(name: str, recipe: Callable[[str], ModuleType]) -> None:
     schema = getattr(recipe(name), name.capitalize())
     assert {field.name for field in dataclasses.fields(schema)} & recipe("plan").OWN <= {"out"}

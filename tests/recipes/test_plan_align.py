@@ -142,6 +142,27 @@ def test_a_pipeline_of_rounds_is_planned_before_anything_of_it_exists(plan: Plan
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "item"),
+    [
+        ("dpo", ["lora.rank=0"], "reference, forward"),
+        ("reward", [], "student, forward and backward"),
+        ("rl", ["kl_weight=0.1"], "reference, forward"),
+        ("sample", ["samples_per_prompt=2"], "model, forward"),
+    ],
+)
+def test_the_settings_that_the_recipes_have_are_those_that_the_plan_reads(
+    name: str, told: list[str], item: str, plan: Planner, tmp_path: Path
+) -> None:
+    given = [f"recipe={name}", f"model.path={ONE}", f"data.path={talks(tmp_path / 'talks')}", f"out={tmp_path / 'out'}"]
+    answer = plan(*given, *told, "hardware=h100", "num_gpus=8")
+    assert answer["mistakes"] == []
+    (stage,) = answer["stages"]
+    assert stage["flops"][item] > 0
+    assert 2 * SMALL.num_parameters < stage["memory_bytes"]["total"] < 80e9
+    assert plan(*given[:1], f"model.path={tmp_path / 'none'}", *given[2:], *told)["mistakes"]
+
+
 def looked(name: str, recipe: Callable[[str], ModuleType], config: dict[str, Any], **made: Any) -> Any:
     """The outlook that a function of the module gives for settings of any recipe that has them."""
     recipe("plan")
@@ -170,15 +191,20 @@ def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
         "deepspeed": {"stage": 2},
         "epochs": 2,
     }
-    dpo, rl, reward = (looked(name, recipe, common) for name in ("preferences", "reinforcement", "reward"))
+    dpo, reward = (looked(name, recipe, common) for name in ("preferences", "reward"))
+    rl = looked("reinforcement", recipe, {**common, "kl_weight": 0.1, "num_generations": 4, "max_answer_tokens": 100})
     assert [outlook.mistakes for outlook in (dpo, rl, reward)] == [[], [], []]
     size = estimate.num_text_tokens((data / "train.pairs.jsonl").stat().st_size)
     assert dpo.flops["reference, forward"] == pytest.approx(size * SMALL.forward_flops_per_token(size / 40 / 2))
     # Two epochs of the pairs' own tokens, however long a row may be; a step of eight pairs is sixteen sequences.
     forward = 2 * size * SMALL.forward_flops_per_token(512)
     assert dpo.flops["student, forward and backward"] == pytest.approx(3 * forward)
-    assert rl.memory["teacher reference"] == 2 * SMALL.num_parameters
-    assert "teacher reference" not in dpo.memory
+    assert rl.memory["reference"] == 2 * SMALL.num_parameters
+    size = 4 * (estimate.num_text_tokens((data / "train.tasks.jsonl").stat().st_size) + 40 * 100)
+    assert rl.flops["answers, forward"] == pytest.approx(2 * size * SMALL.forward_flops_per_token(size / 160 / 2))
+    assert rl.notes[-1] == "40 steps of 8 answers"
+    assert "reference" not in dpo.memory
+    assert "reference" not in looked("reinforcement", recipe, common).memory
     assert dpo.memory == reward.memory
     assert "reference, forward" not in reward.flops
     assert dpo.makes == rl.makes == SMALL
@@ -187,6 +213,9 @@ def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
     assert "has 1 output rows: it is no language model any more" in on_judge.mistakes[0]
     judged = looked("reinforcement", recipe, {**common, "reward": {"path": Path("judge")}}, judge=reward.makes)
     assert judged.mistakes == []
+    assert judged.memory["reward"] == 2 * reward.makes.num_parameters
+    taught = looked("reinforcement", recipe, {**common, "method": "distill", "teacher": {"path": Path(EIGHT)}})
+    assert taught.memory["teacher"] == 2 * PUBLISHED[EIGHT].num_parameters
     absent = looked("reinforcement", recipe, {**common, "reward": {"path": tmp_path / "none"}})
     assert absent.mistakes == [f"reward.path={tmp_path / 'none'} is not a model directory: it has no config.json"]
 
@@ -196,9 +225,9 @@ def test_adapters_of_an_aligned_model_need_no_reference_of_their_own(
 ) -> None:
     """The model without its adapters is the reference."""
     common = {"model": {"path": Path(ONE)}, "data": {"path": talks(tmp_path / "talks")}, "lora": {"rank": 8}}
-    outlook = looked("reinforcement", recipe, common)
+    outlook = looked("reinforcement", recipe, {**common, "kl_weight": 0.1})
     assert outlook.mistakes == []
-    assert "teacher reference" not in outlook.memory
+    assert "reference" not in outlook.memory
     assert outlook.memory["resting weights"] == 2 * SMALL.num_parameters
 
 

@@ -208,6 +208,14 @@ def test_the_rows_on_disk_teach_token_by_token_what_was_marked_by_hand(
         assert (counts["sft/dropped"], counts["sft/truncated"]) == (0, 1)
 
 
+def test_the_rows_do_not_depend_on_how_many_processes_encode(
+    module: ModuleType, model: Path, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._dialogue_rows, "BYTES_PER_PROCESS", 100)
+    rows = packed(module, settings(module, model, data, tmp_path / "out", num_proc=2))
+    assert rows.content_hash == PackedData.open(trained / "packed").content_hash
+
+
 def test_a_published_model_can_be_talked_to_and_its_template_marks_what_was_learnt(
     trained: Path, model: Path, data: Path
 ) -> None:
@@ -338,6 +346,23 @@ def test_rows_of_other_dialogues_are_refused_on_a_restart_and_damaged_ones_too(
 
 
 @pytest.mark.slow
+def test_a_kill_while_the_rows_are_written_leaves_nothing_and_costs_nothing(
+    model: Path, data: Path, trained: Path, module: ModuleType, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, str(REPOSITORY / "recipes/sft.py"), f"model.path={model}", f"data.path={data}"]
+    told = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "typings"), "LLAMITA_CRASH_AT": "after_shard:2"}
+    training = ["sequence_length=128", "steps=6", "global_batch_rows=4", "micro_batch_rows=2", "validation_every=0"]
+    training += ["optim.learning_rate=3e-3", "optim.warmup_steps=2", "optim.weight_decay=0.1", "checkpoint_every=2"]
+    done = subprocess.run([*command, *training, f"out={out}"], env={**os.environ, **told}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name.partition("-")[0] for path in out.glob(".tmp-packed-*")] == [".tmp"]
+    module.run(settings(module, model, data, out))
+    assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert not [path for path in out.glob(".*") if path.is_dir()]
+
+
+@pytest.mark.slow
 def test_two_processes_under_zero_2_lose_what_one_loses(model: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     """And one of them packs for both."""
     command = [
@@ -395,6 +420,8 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     """In a template's text the name of a special token could not be told from the token."""
     templated = tmp_path / "templated"
     shutil.copytree(model, templated)
+    settings_of_its_own = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1, "_from_model_config": True}
+    runs.write_json(templated / "generation_config.json", settings_of_its_own)
     (templated / "chat_template.jinja").write_text(chat.TEMPLATE + "{# another #}")
     bad = [{"role": "user", "content": f"what is {chat.TURN_END}?"}, {"role": "assistant", "content": "an end"}]
     source = write(tmp_path / "talks", [bad, *(talk(n) for n in range(9))], [talk(9)])
@@ -405,6 +432,13 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     config.data.max_refused = 0.2
     assert len(documents(packed(module, config), "train")) == 9
     assert module._dialogue_rows.counts(config.out / "packed")["sft/refused"] == 1
+    spoken = runs.read_json(config.out / "packed/tokenizer/generation_config.json")
+    assert (spoken["temperature"], spoken["eos_token_id"]) == (
+        0.6,
+        chat.Encoder(module.check(config).tokenizer).stop_ids,
+    )
+    assert "_from_model_config" not in spoken
+    assert (config.out / "packed/tokenizer/chat_template.jinja").read_text().endswith("{# another #}")
     assert "dialogue train-0: a message holds the special token <|eot_id|>" in caplog.text
 
 
