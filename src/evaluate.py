@@ -288,8 +288,14 @@ class TaskConfig:
     num_fewshot: int | None = None
     """Examples in each prompt; unset: as the task says."""
     batch_size: int = 8
+    apply_chat_template: bool = False
+    """Ask as a user would: for assistants, and for lm-eval's ``*_llama`` tasks."""
+    fewshot_as_multiturn: bool = False
+    """Examples as turns of the dialogue; needs ``apply_chat_template``."""
 
     def __post_init__(self) -> None:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("task.fewshot_as_multiturn=true needs task.apply_chat_template=true")
         for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"task.{name} must be at least {least}, got {value}")
@@ -390,6 +396,8 @@ def run_tasks(
         tasks=list(names),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
         task_manager=manager,
         # Answers are kept in no cache: lm-eval's is a pickle.
         use_cache=None,
