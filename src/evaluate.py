@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamita import faults, runs
+from llamita import chat, faults, runs
 
 log = logging.getLogger(__name__)
 
@@ -389,7 +389,9 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     # Log-probabilities of long answers in 16 bits would have two or three digits, and answers would tie.
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, softmax_dtype=torch.float32)
+    settings = {"batch_size": config.batch_size, "softmax_dtype": torch.float32}
+    # A template that asks for the date would else change what is asked from day to day.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, chat_template_args={"date_string": chat.DATE}, **settings)
     _spread(lm)
     results = simple_evaluate(
         model=lm,

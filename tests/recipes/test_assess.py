@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 import assistants
 from conftest import REPOSITORY
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, evaluate, runs
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
 
@@ -164,6 +164,28 @@ def test_lm_eval_asks_with_the_chat_template(
     found = runs.read_json(tmp_path / "out" / "results.json")["models"]["base"]
     assert found["tasks"] == {"gsm8k_cot_llama": {"exact_match": {"value": 0.25, "stderr": 0.1}}}
     assert runs.read_metrics(tmp_path / "out")[0]["eval/gsm8k_cot_llama/exact_match"] == 0.25
+
+
+def test_lm_eval_asks_in_the_dialogue_format_at_a_fixed_date(
+    inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    tokenizer = checkpoints.load_tokenizer(inputs["first"])
+    tokenizer.chat_template = chat.TEMPLATE
+    written, apply = [], tokenizer.apply_chat_template
+
+    def noted(messages: Any, **options: Any) -> Any:
+        written.append(([message["role"] for message in messages], options["date_string"]))
+        return apply(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", noted)
+    config = evaluate.TaskConfig(limit=1, apply_chat_template=True, fewshot_as_multiturn=True)
+    model = checkpoints.load_model(inputs["first"]).train(False)
+    scores = evaluate.run_tasks(model, tokenizer, ["llamita_python_choice"], REPOSITORY / "tasks", config)
+    assert "acc" in scores["llamita_python_choice"]
+    assert written == [(["user"], chat.DATE)]
+    with pytest.raises(ValueError, match=r"needs task\.apply_chat_template=true"):
+        evaluate.TaskConfig(fewshot_as_multiturn=True)
 
 
 @pytest.mark.parametrize(
