@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamita import faults, runs
+from llamita import chat, faults, runs
 
 log = logging.getLogger(__name__)
 
@@ -288,8 +288,14 @@ class TaskConfig:
     num_fewshot: int | None = None
     """Examples in each prompt; unset: as the task says."""
     batch_size: int = 8
+    apply_chat_template: bool = False
+    """Ask as a user would: for assistants, and for lm-eval's ``*_llama`` tasks."""
+    fewshot_as_multiturn: bool = False
+    """Examples as turns of the dialogue; needs ``apply_chat_template``."""
 
     def __post_init__(self) -> None:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("task.fewshot_as_multiturn=true needs task.apply_chat_template=true")
         for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"task.{name} must be at least {least}, got {value}")
@@ -383,13 +389,17 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     # Log-probabilities of long answers in 16 bits would have two or three digits, and answers would tie.
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, softmax_dtype=torch.float32)
+    settings = {"batch_size": config.batch_size, "softmax_dtype": torch.float32}
+    # A template that asks for the date would else change what is asked from day to day.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, chat_template_args={"date_string": chat.DATE}, **settings)
     _spread(lm)
     results = simple_evaluate(
         model=lm,
         tasks=list(names),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
         task_manager=manager,
         # Answers are kept in no cache: lm-eval's is a pickle.
         use_cache=None,

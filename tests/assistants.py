@@ -29,7 +29,7 @@ def _config(layers: int = 2) -> object:
     )
 
 
-def assistant(path: Path, *, seed: int = 0, ends: float = 2.8) -> Path:
+def assistant(path: Path, *, seed: int = 0, ends: float = 2.0) -> Path:
     """A random Llama whose answers end soon: ``ends`` is how much the end of a turn stands out among the logits."""
     words = tokenizer()
     torch.manual_seed(seed)

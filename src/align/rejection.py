@@ -118,20 +118,13 @@ def asked(
         while name in found:
             name += "'"
         if check:
-            _validate(name, check)
+            verifiers.validate_row(name, check)
         elif not is_ranked:
             raise ValueError(f"{name} has no check: only a reward model can judge answers to it, set reward.path=")
         found[name] = Asked(name, messages, check)
         if len(found) == most:
             break
     return list(found.values())
-
-
-def _validate(name: str, check: Mapping[str, Any]) -> None:
-    try:
-        verifiers.validate(check)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def validate(check: Mapping[str, Any]) -> None:
         raise ValueError(f"check {kind}: {error}") from None
 
 
+def validate_row(name: str, check: Mapping[str, Any]) -> None:
+    """As :func:`validate`, with the row's name in the message."""
+    try:
+        validate(check)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def check(check: Mapping[str, Any], answer: str) -> float:
     """The reward of an answer, from 0 to 1.
 
