@@ -223,6 +223,12 @@ def drawn(paths: dict[str, Path], out: Path) -> str:
     return (out / page.PAGE).read_text(encoding="utf-8")
 
 
+def read(paths: dict[str, Path]) -> str:
+    """The page alone, without pictures beside it."""
+    report = gather.gather(paths)
+    return page.html(report, page._sketches(report))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], gather.Report, Path, str]:
     """Directories of a whole pipeline, what was gathered, where the page is, and the page."""
@@ -561,7 +567,7 @@ def test_an_unfinished_run_is_shown_as_such(tmp_path: Path) -> None:
     assert report.models[0].role is Role.distilled
     assert report.models[0].values["bits_per_byte"].value == pytest.approx(2, abs=0.01)
     assert report.result is None
-    text = drawn({"d": path}, tmp_path / "out")
+    text = read({"d": path})
     assert text.count("not finished") == 3, "in the table of quality, of training, and in the lineage"
 
 
@@ -635,7 +641,7 @@ def test_goodput_is_the_time_of_steps_that_count_over_all_of_it(tmp_path: Path) 
     assert stage.seconds == 290
     assert stage.goodput == pytest.approx((30 * 2 + 10 * 2 + 10 * 3 + 10 * 2) / 290)
     assert stage.metrics.lost_steps == 20
-    text = drawn({"d": path}, tmp_path / "out")
+    text = read({"d": path})
     assert re.search(r"<td>1</td><td>20</td><td>44\.8\s%</td><td>5 min</td>", text)
 
 
@@ -672,7 +678,7 @@ def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_re
     for sketch, place in zip(sketches, (300, 30, 160), strict=True):
         [axes] = sketch.draw(figures.LIGHT).axes
         assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [place]
-    text = drawn({"d": path}, tmp_path / "out")
+    text = read({"d": path})
     chosen = re.findall(r'<input type="radio" name="losses-over" id="show-([a-z-]+)"( checked)?>', text)
     assert chosen == [("losses", " checked"), ("losses-steps", ""), ("losses-wall-time", "")]
     assert set(Reader(text).ids) >= {name for name, _ in chosen}

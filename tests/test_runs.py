@@ -64,6 +64,20 @@ def test_a_setting_that_may_change_may_change(tmp_path: Path) -> None:
         pass
 
 
+def test_of_what_a_run_is_told_about_itself_only_the_seed_must_stay(tmp_path: Path) -> None:
+    first, other = RunConfig(), RunConfig(hang_seconds=5.0, project="other", min_allreduce_gb_per_s=3.0)
+    for config in (first, other):
+        with runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": runs.plain(config)}, config):
+            pass
+    reseeded = RunConfig(seed=1)
+    with (
+        pytest.raises(ValueError, match=r"run\.seed: 0 -> 1"),
+        runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": runs.plain(reseeded)}, reseeded),
+    ):
+        pass
+    assert {*runs.MAY_CHANGE, "seed"} == set(runs.plain(first))
+
+
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     finish(tmp_path / "out")
     with (

@@ -353,6 +353,8 @@ def recovery(report: Report) -> Sketch | None:
         # Most of each curve, and room between their ends: how they begin would take the whole height.
         top = max(float(np.interp(0.25 * curve.tokens[-1], curve.tokens, curve.values)) for curve in report.curves)
         top = max(top, bottom + 3.2 * reach)
+        highest = max([*levels, *(float(curve.values.max()) for curve in report.curves)])
+        top = min(top, highest + 0.05 * max(highest - bottom, reach))
         axes.set_ylim(bottom - 0.05 * (top - bottom), top)
         axes.set_xlim(left=0, right=max(curve.tokens[-1] for curve in report.curves) * 1.01)
         if main and main[0].tokens[0] == 0 and main[0].values[0] > top:
