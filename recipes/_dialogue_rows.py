@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, faults, runs
 from llamita.align.dialogues import Dialogue, DialogueData, Refused
 from llamita.data import fit, shards, tokens
 from llamita.data.fit import Overlong
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "packed"
 SCRATCH = ".encoding"
+WAIT_SECONDS = 0.2
+GONE_SECONDS = 5.0
 GENERATION = "generation_config.json"
 """Beside the tokenizer of the rows."""
 BYTES_PER_PROCESS = 2**22
@@ -77,11 +79,27 @@ def ready(wanted: Wanted, this: runs.Run) -> Path:
             _check(folder, wanted)
         else:
             _make(folder, wanted, this)
-    # Before there is a process group, whose patience would end while a million dialogues are encoded.
+    else:
+        _wait(folder, this)
+    return folder
+
+
+def _wait(folder: Path, this: runs.Run) -> None:
+    """Wait for the main process, as long as it lives.
+
+    This is before there is a process group, whose patience would end while a million dialogues are encoded.
+    """
+    owned, gone = False, 0
     while not folder.is_dir():
         _stop_if_asked(this)
-        time.sleep(0.2)
-    return folder
+        there = (this.path / ".lock").exists()
+        owned, gone = owned or there, 0 if there else gone + 1
+        # A lock that a killed start has left is away for a moment while it is taken over.
+        if owned and gone * WAIT_SECONDS > GONE_SECONDS:
+            if (this.path / "run.json").is_file() and not (this.path / faults.FILE).is_file():
+                raise runs.Stopped(f"{this.path}: the main process stopped before its dialogues were packed")
+            raise ValueError(f"{this.path}: the main process could not pack its dialogues: it has said why")
+        time.sleep(WAIT_SECONDS)
 
 
 def counts(folder: Path) -> dict[str, float]:

@@ -125,7 +125,8 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
 def assess(config: Any, world: World, outlook: Outlook) -> None:
     """``assess``: models side by side, each of which answers and is judged in its turn."""
     outlook.processes = world.processes
-    world.talks("data.path", config.data.path, outlook)
+    if config.data.path is not None:
+        world.talks("data.path", config.data.path, outlook)
     _judge(config, world, outlook)
     for name, member in config.models.items():
         outlook.mistakes += runs.names({"models": name})

@@ -516,7 +516,7 @@ def test_a_kept_plan_does_not_make_the_directory_a_strangers(plan: Planner, tmp_
     assert plan(*overrides)["mistakes"] == []
 
 
-ALIGNING = ["dialogues", "sft", "sample", "dpo", "reward", "rl", "average"]
+ALIGNING = ["dialogues", "sft", "sample", "dpo", "reward", "rl", "average", "assess"]
 
 
 @pytest.mark.parametrize("name", ["prepare", "prune", "distill", "evaluate", "report", "pipeline", *ALIGNING])

@@ -163,6 +163,16 @@ def test_the_settings_that_the_recipes_have_are_those_that_the_plan_reads(
     assert plan(*given[:1], f"model.path={tmp_path / 'none'}", *given[2:], *told)["mistakes"]
 
 
+def test_models_side_by_side_need_the_memory_of_the_largest_and_no_data(plan: Planner, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "a"}\n')
+    models = [f"models.small.path={ONE}", f"models.large.path={EIGHT}", f"safety.mine.path={tmp_path / 'asked.jsonl'}"]
+    answer = plan("recipe=assess", *models, f"out={tmp_path / 'out'}", "hardware=h100")
+    assert answer["mistakes"] == []
+    assert answer["stages"][0]["memory_bytes"]["total"] == 2 * PUBLISHED[EIGHT].num_parameters
+    wrong = plan("recipe=assess", *models, f"data.path={tmp_path / 'none'}", f"out={tmp_path / 'out'}")["mistakes"]
+    assert any("data.path" in line for line in wrong)
+
+
 def looked(name: str, recipe: Callable[[str], ModuleType], config: dict[str, Any], **made: Any) -> Any:
     """The outlook that a function of the module gives for settings of any recipe that has them."""
     recipe("plan")

@@ -216,6 +216,28 @@ def test_the_rows_do_not_depend_on_how_many_processes_encode(
     assert rows.content_hash == PackedData.open(trained / "packed").content_hash
 
 
+@pytest.mark.parametrize(
+    ("left", "ending"), [(["run.json"], runs.Stopped), (["run.json", "ERROR.json"], ValueError), ([], ValueError)]
+)
+def test_a_process_that_waits_for_rows_ends_when_the_one_that_makes_them_does(
+    left: list[str],
+    ending: type[Exception],
+    module: ModuleType,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped where that one was stopped, the user's error where it had one."""
+    (tmp_path / ".lock").touch()
+    for name in left:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(runs, "is_main_process", lambda: False)
+    monkeypatch.setattr(module._dialogue_rows.time, "sleep", lambda _: (tmp_path / ".lock").unlink(missing_ok=True))
+    with pytest.raises(ending, match="the main process"):
+        packed(module, settings(module, model, data, tmp_path))
+
+
 def test_a_published_model_can_be_talked_to_and_its_template_marks_what_was_learnt(
     trained: Path, model: Path, data: Path
 ) -> None:
