@@ -27,7 +27,7 @@ class Prompted(Watched):
         return [self.encoder.prompt(prompt) for prompt in prompts], None, {}
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        if self._buffered_inputs is None:  # type: ignore[has-type]
+        if self._buffered_inputs is None:  # type: ignore[attr-defined]
             # TRL counts micro-batches from zero at every start, also in the middle of answers that are used for long.
             self._step = self.state.global_step * self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         return super()._prepare_inputs(generation_batch)  # type: ignore[misc]

@@ -240,7 +240,7 @@ def settings_of(
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(runs.COLLECTIVE_TIMEOUT.total_seconds()),
         "dataloader_pin_memory": not on_cpu,
-        "use_cpu": on_cpu and deepspeed is None,
+        "use_cpu": on_cpu,
     }
     if deepspeed is not None:
         told |= {"deepspeed": dict(deepspeed), "accelerator_config": {"use_configured_state": True}}
