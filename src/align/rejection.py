@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from llamita.align import duplicates, estimators, verifiers
 from llamita.align.dialogues import Dialogue, Message, Pair, Task
 
-
 R = TypeVar("R")
 
 
