@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llamita import chat, checkpoints, evaluate, runs
-from llamita.align import assistants, estimators, generation, refusals, verifiers
+from llamita.align import assistants, estimators, generation, refusals, rejection, verifiers
 from llamita.align.assistants import Measure, Measures
 from llamita.align.dialogues import Dialogue, DialogueData, Message, Pair, Task
 from llamita.align.generation import Answer
@@ -182,8 +182,9 @@ def questions(config: Any) -> Questions:
     if config.data.path is None:
         return Questions([], [], [], safety, words, {})
     data, split = DialogueData.open(config.data.path), config.data.split
-    dialogues = data.dialogues(split)[: config.data.max_dialogues]
-    pairs, tasks = data.pairs(split)[: config.data.max_pairs], data.tasks(split)[: config.data.max_tasks]
+    dialogues = rejection.evenly(data.dialogues(split), config.data.max_dialogues)
+    pairs = rejection.evenly(data.pairs(split), config.data.max_pairs)
+    tasks = rejection.evenly(data.tasks(split), config.data.max_tasks)
     if not (dialogues or pairs or tasks):
         raise ValueError(f"data.path={config.data.path} has nothing to measure in its split {split}")
     for task in tasks:

@@ -44,7 +44,7 @@ class DataConfig:
     max_dialogues: int | None = None
     max_pairs: int | None = None
     max_tasks: int | None = None
-    """Unset: all; 0: none."""
+    """Of each, evenly spaced; unset: all; 0: none."""
 
 
 @dataclass(kw_only=True)

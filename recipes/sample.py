@@ -72,7 +72,7 @@ class Sample:
     data: DataConfig = field(default_factory=DataConfig)
     prompts: rejection.Prompts = rejection.Prompts.tasks
     max_prompts: int | None = None
-    """Of each split; unset: all."""
+    """Of each split, evenly spaced; unset: all."""
     samples_per_prompt: int = 10
     """Llama 3.1 drew 10 to 30."""
     round: int = 0

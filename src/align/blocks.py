@@ -80,7 +80,7 @@ class Store:
             raise ValueError(f"{self.path(block)} is not what was written: run the same command again")
         return [json.loads(line) for line in lines]
 
-    def _lines(self, block: Block) -> list[str] | None:
+    def _lines(self, block: Block, *, is_told: bool = True) -> list[str] | None:
         path = self.path(block)
         if not path.is_file():
             return None
@@ -91,19 +91,20 @@ class Store:
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
-            log.warning("%s is damaged or of other inputs: it is made again", path)
+            if is_told:
+                log.warning("%s is damaged or of other inputs: it is made again", path)
             return None
         # Not splitlines, which would also cut at the line ends of Unicode that an answer may hold.
         return [line for line in text.decode().split("\n") if line]
 
     def wait(self, wanted: Sequence[Block], run: runs.Run) -> None:
-        """Return when every block has its file: other processes write theirs.
+        """Return when every block is there and whole: other processes write theirs, damaged ones again.
 
         Raises:
             Stopped: the run was asked to stop.
         """
         left = list(wanted)
-        while left := [block for block in left if not self.path(block).is_file()]:
+        while left := [block for block in left if self._lines(block, is_told=False) is None]:
             check_stop(run)
             time.sleep(WAIT_SECONDS)
 

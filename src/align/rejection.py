@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from llamita.align import duplicates, estimators, verifiers
 from llamita.align.dialogues import Dialogue, Message, Pair, Task
+
+R = TypeVar("R")
 
 
 class Prompts(StrEnum):
@@ -95,10 +97,17 @@ class Asked:
     check: Mapping[str, Any]
 
 
+def evenly(rows: Sequence[R], most: int | None) -> list[R]:
+    """At most so many rows, evenly spaced: those of one source stand together."""
+    if most is None or most >= len(rows):
+        return list(rows)
+    return [rows[place * len(rows) // most] for place in range(most)]
+
+
 def asked(
     tasks: Sequence[Task], given: Sequence[Dialogue], which: Prompts, *, most: int | None, is_ranked: bool
 ) -> list[Asked]:
-    """The prompts of a split, each once, in their order, at most so many.
+    """The prompts of a split, each once, in their order, at most so many of them, evenly spaced.
 
     Raises:
         ValueError: a check is wrong; or a prompt has none and no reward model ranks.
@@ -122,9 +131,7 @@ def asked(
         elif not is_ranked:
             raise ValueError(f"{name} has no check: only a reward model can judge answers to it, set reward.path=")
         found[name] = Asked(name, messages, check)
-        if len(found) == most:
-            break
-    return list(found.values())
+    return evenly(list(found.values()), most)
 
 
 @dataclass(frozen=True)

@@ -252,15 +252,16 @@ def _python(check: Mapping[str, Any], answer: str) -> float:
     if "function" in check:
         held.append(wanted is not None)
     if "arguments" in check:
-        held.append(wanted is not None and _parameters(wanted) == list(check["arguments"]))
+        held.append(wanted is not None and list(check["arguments"]) in _parameters(wanted))
     if "docstring" in check:
         held.append(wanted is not None and (ast.get_docstring(wanted) is not None) == check["docstring"])
     return sum(held) / len(held)
 
 
-def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[list[str]]:
+    """The names of its positional parameters; a method's with and without the object that it belongs to."""
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
-    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+    return [names, names[1:]] if names[:1] in (["self"], ["cls"]) else [names]
 
 
 def _validate_python(check: Mapping[str, Any]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from llamita import runs
 from llamita.align import blocks
 from llamita.align.blocks import Block, Store
 
@@ -33,6 +37,23 @@ def test_what_was_written_is_read_and_anything_else_is_missing(tmp_path: Path) -
         assert store.missing([block]) == [block]
         with pytest.raises(ValueError, match="not what was written"):
             store.read(block)
+
+
+def test_a_process_waits_for_what_another_one_makes_again(tmp_path: Path) -> None:
+    [block] = blocks.blocks("train", 2, 2)
+    store = Store(tmp_path / "answers", "inputs")
+    store.write(block, ROWS)
+    store.path(block).write_bytes(store.path(block).read_bytes()[:-3])
+    run: Any = SimpleNamespace(path=tmp_path, stop=SimpleNamespace(is_set=lambda: False))
+    other = threading.Timer(0.3, store.write, (block, ROWS))
+    other.start()
+    store.wait([block], run)
+    other.join()
+    assert store.read(block) == ROWS
+    store.path(block).unlink()
+    run.stop.is_set = lambda: True
+    with pytest.raises(runs.Stopped):
+        store.wait([block], run)
 
 
 def test_identity_depends_on_every_part() -> None:

@@ -125,6 +125,16 @@ def test_prompts_are_asked_once_and_under_names_of_their_own() -> None:
     ]
 
 
+@given(rows=st.integers(0, 30), most=st.integers(0, 30))
+def test_evenly_spaced_rows_are_as_many_as_asked_for_and_reach_every_part(rows: int, most: int) -> None:
+    found = rejection.evenly(range(rows), most)
+    assert len(found) == min(rows, most)
+    assert found == sorted(set(found))
+    gaps = [after - before for before, after in zip([*found, rows][:-1], [*found, rows][1:], strict=True)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert rejection.evenly(range(rows), None) == list(range(rows))
+
+
 def test_a_prompt_that_nobody_can_judge_is_named() -> None:
     with pytest.raises(ValueError, match="a has no check: only a reward model"):
         rejection.asked([Task("a", assistants.user("One?"), {})], [], Prompts.tasks, most=None, is_ranked=False)

@@ -112,6 +112,7 @@ CODE = 'def area(w, h):\n    """Width times height."""\n    return w * h\n'
         ({"function": "area", "arguments": [], "docstring": True}, "x = 1", 0.25),
         ({"docstring": False}, "async def f(): pass", 1),
         ({"function": "m", "arguments": ["x"]}, "class A:\n    def m(self, x): ...", 1),
+        ({"function": "m", "arguments": ["self", "x"]}, "def m(self, x): ...", 1),
     ],
 )
 def test_python_earns_the_share_of_demands_that_hold(extra: dict[str, Any], answer: str, reward: float) -> None:
