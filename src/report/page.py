@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamita import progress, runs
-from llamita.report import figures, mended, searches
+from llamita.report import assistants, figures, mended, searches
 from llamita.report.figures import Sketch
 from llamita.report.gather import Estimate, Model, Report, Role, Stage
 
@@ -45,6 +45,7 @@ def _sketches(report: Report) -> dict[str, list[Sketch]]:
         "tasks": [figures.tasks(report)],
         "losses": [*figures.losses(report)],
         "training": [figures.throughput(report)],
+        "assistants": [assistants.best_of(assistants.read(report))],
     }
     for index, search in enumerate(_searches(report)):
         groups[f"search-{index}"] = [searches.pareto(search)]
@@ -109,6 +110,7 @@ def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
         cost_names=searches.COSTS,
         kept=list(enumerate(report.kept)),
         task_rows=_task_rows(report),
+        alignment=assistants.read(report),
         training=[_training_row(m, m.stage, report) for m in report.models if m.stage and _trained(m.stage)],
         lineage=[_lineage_row(stage, report) for stage in report.stages],
         environment=environment_now(),
