@@ -367,6 +367,17 @@ def terminal_table(report: Report) -> Table:
     return table
 
 
+def assistants_table(alignment: assistants.Alignment) -> Table:
+    """Assistants side by side for a terminal."""
+    table = Table(header_style="bold", title=_text("assistants", style="bold"), title_justify="left")
+    table.add_column("held-out rows")
+    for name in alignment.models:
+        table.add_column(_text(name), justify="right", no_wrap=True)
+    for row in alignment.rows:
+        table.add_row(_text(row.name), *map(estimate, row.values))
+    return table
+
+
 def _text(name: str, style: str = "") -> Text:
     """Text of a terminal that is neither markup nor the terminal's own commands."""
     return Text(figures.printable(name), style=style)
@@ -377,4 +388,6 @@ def show(report: Report, page: Path) -> None:
     # Into a file there is no terminal whose width could be asked.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(report))
+    if (alignment := assistants.read(report)).rows:
+        console.print(assistants_table(alignment))
     console.print(Text(f"{page}"), soft_wrap=True)
