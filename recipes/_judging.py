@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import _aligning
-from llamita.align import reinforce, watch
+from llamita.align import reinforce, reward_model, verifiers, watch
 from llamita.align.dialogues import Task
 
 TRAINERS = {
@@ -68,9 +68,8 @@ def check(tasks: Sequence[Task], reward: Path | None) -> None:
         ValueError: naming the task, or what is wrong with the reward model.
     """
     if reward is not None:
-        importlib.import_module("llamita.align.reward_model").load_config(reward)
+        reward_model.load_config(reward)
         return
-    verifiers = importlib.import_module("llamita.align.verifiers")
     for task in tasks:
         if not task.check:
             raise ValueError(f"task {task.id} has no check: reward.path must be given, got none")
@@ -83,9 +82,8 @@ def check(tasks: Sequence[Task], reward: Path | None) -> None:
 def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
     """A reward model where there is one, else the checks of the tasks."""
     if reward is None:
-        verifiers = importlib.import_module("llamita.align.verifiers")
         return lambda tasks, answers: [verifiers.check(t.check, a) for t, a in zip(tasks, answers, strict=True)]
-    model = importlib.import_module("llamita.align.reward_model").RewardModel.open(reward, device=device)
+    model = reward_model.RewardModel.open(reward, device=device)
 
     def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
         found: list[float] = model.score(

@@ -11,6 +11,7 @@ from typing import Any
 import _outlook_distill
 from _world import Outlook, Rows, Talks, World, normal
 from llamita import checks, estimate, runs
+from llamita.align.dialogues import SPLITS
 from llamita.data.tokens import num_cores
 from llamita.distill import fused, loop
 from llamita.distill.launch import Precision
@@ -98,11 +99,14 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
     if (shape := _language_model(config, world, outlook)) is None:
         return
     value = 2 if world.hardware.is_gpu else 4
-    kind = str(_given(config, "prompts", default="tasks"))
-    there = {name: rows for name, rows in talks.rows.items() if name.rpartition(".")[2] in (kind, "tasks")}
-    prompts = sum(there.values()) or ASSUMED_ROWS
-    if (most := _given(config, "max_prompts", default=None)) is not None:
-        prompts = min(prompts, most * max(1, len(there)))
+    which = str(_given(config, "prompts", default="tasks"))
+    kinds = ("tasks", "dialogues") if which == "both" else (which,)
+    splits = list(_given(config, "data.splits", default=SPLITS))
+    there = [sum(talks.rows.get(f"{split}.{kind}", 0) for kind in kinds) for split in splits]
+    most = _given(config, "max_prompts", default=None)
+    prompts = sum(rows if most is None else min(rows, most) for rows in there if rows)
+    if not prompts:
+        prompts = ASSUMED_ROWS if most is None else min(ASSUMED_ROWS, most * len(splits))
     answers = int(_given(config, "samples_per_prompt", default=1))
     new = int(_given(config, "sampling.max_new_tokens", "max_new_tokens", default=GENERATED_TOKENS))
     batch = int(_given(config, "sampling.batch_rows", "batch_rows", default=1))

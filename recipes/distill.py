@@ -12,11 +12,9 @@ from _main import command, exit_with, store  # isort: skip
 from dataclasses import dataclass
 from pathlib import Path
 
-import _teaching  # noqa: F401  (tests look into what it does)
 import _training
-from _training import DataConfig  # noqa: F401  (a part of the settings)
 from llamita import runs
-from llamita.distill import launch, state, student  # noqa: F401
+from llamita.distill import state
 
 
 @dataclass(kw_only=True)

@@ -234,8 +234,8 @@ def test_room_is_asked_for_checkpoints_that_are_still_to_come(
     module = recipe("distill")
     teaching = sys.modules["_teaching"]
     config = module.Distill(
-        student=module.student.StudentConfig(path=tmp_path),
-        data=module.DataConfig(path=tmp_path),
+        student=module._training.student.StudentConfig(path=tmp_path),
+        data=module._training.DataConfig(path=tmp_path),
         steps=10,
         checkpoint_every=2,
         out=tmp_path,
@@ -279,8 +279,8 @@ def test_a_fault_is_found_before_any_weight_is_read_or_hashed(
     module = recipe("distill")
     accelerator = SimpleNamespace(device=CPU, is_main_process=True)
     monkeypatch.setattr(module, "check", lambda config: (None, tmp_path, {}))
-    monkeypatch.setattr(module.launch, "new_accelerator", lambda *_, **__: accelerator)
-    monkeypatch.setattr(module._teaching, "room", lambda *_: 0)
+    monkeypatch.setattr(module._training.launch, "new_accelerator", lambda *_, **__: accelerator)
+    monkeypatch.setattr(module._training._teaching, "room", lambda *_: 0)
     config = SimpleNamespace(deepspeed=None, optim=SimpleNamespace(clip_norm=1.0), run=runs.RunConfig())
     with pytest.raises(runs.BadNode):
         module.train(config, SimpleNamespace(path=tmp_path, settings={}))

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llamita import checkpoints, runs
-from llamita.progress import Progress
+from llamita.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,17 @@ STATE = "llamita_state.json"
 FEWEST = 2
 """As many checkpoints are kept while the run goes on, whatever is asked for."""
 ROWS_NAMED = 8
+SHOWN = {
+    "train/loss": ("loss", ".4f"),
+    "rl/reward": ("reward", ".4f"),
+    "rl/kl": ("KL", ".4f"),
+    "dpo/margin": ("margin", ".4f"),
+    "dpo/accuracy": ("accuracy", ".3f"),
+    "reward/margin": ("margin", ".4f"),
+    "reward/accuracy": ("accuracy", ".3f"),
+    "optim/lr": ("lr", ".2e"),
+}
+"""What a person who watches is told of a step, where its trainer logs it."""
 
 
 def agree_sum(value: float) -> float:
@@ -129,8 +140,10 @@ class Watch(TrainerCallback):
         self._limit = min(max_skipped_in_a_row, steps)
         self._rows_of = rows_of
         self._found = found
-        self._progress: Progress | None = None
+        self._progress: TrainingProgress | None = None
         self._began = time.perf_counter()
+        self._tokens: float | None = None
+        self._saved = "-" if found is None else found.name.rpartition("-")[2]
 
     @property
     def folder(self) -> Path:
@@ -179,7 +192,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show where the run stands."""
-        self._progress = Progress(self.run.path.name, self.steps, completed=state.global_step)
+        self._progress = TrainingProgress(self.run.path.name, self.steps, completed=state.global_step)
         self._progress.__enter__()
         self._began = time.perf_counter()
 
@@ -223,6 +236,22 @@ class Watch(TrainerCallback):
         self._began = now
         self.last |= values
         self.run.log(values, step=state.global_step)
+        facts = self._facts(values)
+        if self._progress is not None:
+            self._progress.tell(facts)
+
+    def _facts(self, values: Mapping[str, float]) -> dict[str, str]:
+        """What a person who watches wants to know of a step that was logged."""
+        facts = {label: format(values[name], form) for name, (label, form) in SHOWN.items() if name in values}
+        # A sum since some start of the run: only what came since the last line was read in a known time.
+        tokens = values.get(f"{self._family}/num_tokens")
+        if tokens is not None and self._tokens is not None:
+            facts["tokens/s"] = f"{(tokens - self._tokens) / max(values['perf/interval_s'], 1e-9):,.0f}"
+        self._tokens = tokens
+        facts["checkpoint"] = self._saved
+        if self.skipped:
+            facts["skipped"] = str(self.skipped)
+        return facts
 
     def _named(self, name: str) -> str:
         return self._names.get(name, f"{self._family}/{name.replace('/', '_')}")
@@ -243,6 +272,7 @@ class Watch(TrainerCallback):
             runs.crash_point("after_rename")
             prune(self.folder, self._keep)
         processes.wait_for_everyone()
+        self._saved = str(state.global_step)
         self.run.watchdog.beat()
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +113,54 @@ def test_the_newest_by_step_stay(tmp_path: Path) -> None:
     assert watch.steps_in(tmp_path) == [4, 10]
     watch.prune(tmp_path, 0)
     assert watch.steps_in(tmp_path) == []
+
+
+def told(run: Any, family: str, logs: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of a run of three steps that logs each and saves the second."""
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=iter(range(0, 100, 2)).__next__))
+    listener = watch.Watch(
+        run,
+        steps=3,
+        family=family,
+        names={"reward": "rl/reward", "rewards/accuracies": "dpo/accuracy"},
+        parents={},
+        keep=2,
+        max_skipped_in_a_row=2,
+        rows_of=lambda step: [],
+    )
+    state = SimpleNamespace(global_step=0)
+    listener.on_train_begin(None, state, None)
+    for step, line in enumerate(logs, 1):
+        state.global_step = step
+        listener.on_step_end(None, state, SimpleNamespace())
+        listener.on_log(None, state, None, logs=line)
+        if step == 2:
+            (listener.folder / f"checkpoint-{step}").mkdir(parents=True)
+            listener.on_save(None, state, None)
+    listener.on_train_end(None, state, None)
+    return list(run.lines())
+
+
+def test_who_watches_is_told_what_the_trainer_logs_with_speed_and_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimpleNamespace(
+        path=tmp_path / "polished",
+        log=lambda values, step: None,
+        stop=SimpleNamespace(is_set=lambda: False),
+        watchdog=SimpleNamespace(beat=lambda: None),
+        lines=lambda: [line.partition("  0 s left")[0] for line in capsys.readouterr().out.splitlines()],
+    )
+    common = {"loss": 0.5, "learning_rate": 1e-5, "grad_norm": 1.0}
+    rl = [{**common, "reward": 0.25, "kl": 1e-3, "num_tokens": 100.0 + 3000 * step} for step in range(3)]
+    assert told(run, "rl", rl, monkeypatch) == [
+        "polished: step 1/3  loss 0.5000  reward 0.2500  KL 0.0010  lr 1.00e-05  checkpoint -",
+        "polished: step 2/3  loss 0.5000  reward 0.2500  KL 0.0010  lr 1.00e-05  tokens/s 1,500  checkpoint -",
+        "polished: step 3/3  loss 0.5000  reward 0.2500  KL 0.0010  lr 1.00e-05  tokens/s 1,500  checkpoint 2",
+    ]
+    run.path = tmp_path / "preferred"
+    lines = told(run, "dpo", [{**common, "loss": math.nan, "rewards/accuracies": 1.0}, common], monkeypatch)
+    assert lines == [
+        "preferred: step 1/3  accuracy 1.000  lr 1.00e-05  checkpoint -",
+        "preferred: step 2/3  loss 0.5000  lr 1.00e-05  checkpoint -",
+    ]

@@ -36,7 +36,7 @@ def distilled(module: ModuleType, data: Path, out: Path, **changes: Any) -> Path
     )
     fields: dict[str, Any] = {
         "student": student.StudentConfig(shape=shape),
-        "data": module.DataConfig(path=data),
+        "data": module._training.DataConfig(path=data),
         "steps": 3,
         "global_batch_rows": 4,
         "micro_batch_rows": 4,

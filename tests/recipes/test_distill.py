@@ -39,7 +39,7 @@ def data(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathF
 
 def settings(module: ModuleType, data: Path, out: Path, **changes: Any) -> Any:
     fields: dict[str, Any] = {
-        "data": module.DataConfig(path=data),
+        "data": module._training.DataConfig(path=data),
         "steps": 4,
         "global_batch_rows": 4,
         "micro_batch_rows": 4,

@@ -56,7 +56,7 @@ def test_data_without_held_out_rows_say_how_to_train_without(
         num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1
     )
     fields = {
-        "data": module.DataConfig(path=tmp_path / "data"),
+        "data": module._training.DataConfig(path=tmp_path / "data"),
         "student": student.StudentConfig(shape=shape),
         "out": tmp_path / "out",
     }

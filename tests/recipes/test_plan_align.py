@@ -253,3 +253,24 @@ def test_sampling_makes_dialogues_and_is_counted_by_its_answers(
     rows = 44
     assert four.flops["model, forward"] - one.flops["model, forward"] == pytest.approx(rows * 300 * forward)
     assert one.memory["model"] == 2 * SMALL.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("told", "prompts"),
+    [
+        ({}, 44),
+        ({"prompts": "dialogues"}, 44),
+        ({"prompts": "both"}, 88),
+        ({"prompts": "both", "data.splits": ["train"]}, 80),
+        ({"prompts": "both", "max_prompts": 10}, 18),
+    ],
+)
+def test_as_many_prompts_are_planned_as_will_be_asked(
+    told: dict[str, Any], prompts: int, recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """40 tasks and 40 dialogues to train on, and 4 of each held out; ``max_prompts`` are those of each split."""
+    data: dict[str, Any] = {"path": talks(tmp_path / "talks")}
+    if "data.splits" in told:
+        data["splits"] = told.pop("data.splits")
+    outlook = looked("sample", recipe, {"model": {"path": Path(ONE)}, "data": data, **told})
+    assert outlook.notes[-1].startswith(f"{prompts} prompts of ")

@@ -34,7 +34,7 @@ def trained(recipe: Callable[[str], ModuleType], data: Path) -> Path:
     module.run(
         module.Distill(
             student=student.StudentConfig(shape=shape),
-            data=module.DataConfig(path=data),
+            data=module._training.DataConfig(path=data),
             steps=4,
             global_batch_rows=4,
             micro_batch_rows=4,
@@ -94,7 +94,7 @@ def adapted(module: ModuleType, base: Path, data: Path, out: Path) -> Path:
     module.run(
         module.Distill(
             student=student.StudentConfig(path=base, lora=LoraConfig(rank=2)),
-            data=module.DataConfig(path=data),
+            data=module._training.DataConfig(path=data),
             steps=2,
             global_batch_rows=4,
             micro_batch_rows=4,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import preferred
 from llamita import chat, checkpoints, runs
-from llamita.align import reinforce, watch
+from llamita.align import reinforce, reward_model, verifiers, watch
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +36,15 @@ def letters(answer: str) -> float:
 
 
 @pytest.fixture(autouse=True)
-def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks that these tests can be sure of, in the place of the real ones."""
-    module = ModuleType("llamita.align.verifiers")
 
     def validate(check: Mapping[str, Any]) -> None:
         if check.get("kind") != "letters":
             raise ValueError(f"check.kind must be one of letters, got {check.get('kind')!r}")
 
-    module.validate = validate  # type: ignore[attr-defined]
-    module.check = lambda check, answer: letters(answer)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llamita.align.verifiers", module)
-    return module
+    monkeypatch.setattr(verifiers, "validate", validate)
+    monkeypatch.setattr(verifiers, "check", lambda check, answer: letters(answer))
 
 
 def settings(module: ModuleType, folder: Path, out: Path, **changes: Any) -> Any:
@@ -135,10 +131,10 @@ def test_prompts_are_the_encoders_own(recipe: Callable[[str], ModuleType], folde
 
 
 def test_a_reward_that_is_no_number_names_the_task_and_the_answer(
-    recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, checks: Any
+    recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = recipe("rl")
-    checks.check = lambda check, answer: math.nan
+    monkeypatch.setattr(verifiers, "check", lambda check, answer: math.nan)
     with pytest.raises(ValueError, match="the reward of task task-8 must be a finite number, got nan for '"):
         module.run(settings(module, folder, tmp_path / "held_out"))
     with pytest.raises(ValueError, match=r"the reward of task task-\d must be a finite number, got nan for '"):
@@ -167,9 +163,8 @@ def test_a_reward_model_is_asked_where_there_is_one(
             asked.extend(zip(names, dialogues, strict=True))
             return [letters(answer) for _, answer in dialogues]
 
-    fake: Any = ModuleType("llamita.align.reward_model")
-    fake.RewardModel, fake.load_config = RewardModel, lambda path: None
-    monkeypatch.setitem(sys.modules, "llamita.align.reward_model", fake)
+    monkeypatch.setattr(reward_model, "RewardModel", RewardModel)
+    monkeypatch.setattr(reward_model, "load_config", lambda path: None)
     config = settings(module, folder, tmp_path / "out", steps=1, reward=module.OtherModel(path=folder / "teacher"))
     module.run(config)
     assert {name for name, _ in asked[:4]} == {f"task-{number}" for number in range(8, 12)}
