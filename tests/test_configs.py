@@ -41,14 +41,26 @@ def test_an_unknown_key_is_refused(name: str, recipe: Callable[[str], ModuleType
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment: str, recipe: Callable[[str], ModuleType]) -> None:
-    """Its second line names its recipe: ``# recipe: distill``."""
-    second = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()[1]
-    name = second.removeprefix("# recipe: ")
+    """Its second line names its recipe, ``# recipe: distill``, and the command in its header is one of that recipe."""
+    text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    name = text.splitlines()[1].removeprefix("# recipe: ")
     assert name in RECIPES, f"the second line of experiment/{experiment}.yaml must be '# recipe: NAME'"
-    recipe(name)
-    schema = getattr(recipe(name), name.capitalize())
-    paths = ["out=out", *(["data.path=data", "student.path=student"] if name == "distill" else [])]
-    sys.modules["_main"].settings(composed(name, f"experiment={experiment}", *paths), schema)
+    header = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+    told = re.findall(rf"recipes/{name}\.py (.*)", header.replace("\\\n", " "))
+    assert len(told) == 1, f"experiment/{experiment}.yaml must show one command of recipes/{name}.py"
+    assert f"experiment={experiment}" in told[0].split()
+    module = recipe(name)
+    sys.modules["_main"].settings(composed(name, *told[0].split()), getattr(module, name.capitalize()))
+
+
+def test_an_experiment_that_begins_with_another_has_its_settings(recipe: Callable[[str], ModuleType]) -> None:
+    module, paths = recipe("sft"), ["model.path=m", "data.path=d", "out=out", "teachers.llama_8b_instruct.path=t"]
+    assert module
+    small, taught = (composed("sft", f"experiment={name}", *paths) for name in ("sft_1b", "sft_1b_from_8b_instruct"))
+    assert (small.deepspeed.stage, taught.deepspeed.stage) == (1, 1)
+    assert (small.sequence_length, taught.sequence_length) == (8192, 8192)
+    assert (small.loss.ce_weight, taught.loss.ce_weight) == (1.0, 0.5)
+    assert (small.micro_batch_rows, taught.micro_batch_rows) == (2, 1)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
