@@ -19,6 +19,8 @@ from conftest import REPOSITORY
 from llamita import chat, checkpoints, evaluate, runs
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
+from llamita.report import assistants as report
+from llamita.report import gather
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,13 @@ def test_differences_are_paired_with_the_first_model(made: Path) -> None:
     loss = gaps["other"]["loss"]
     assert loss["value"] == pytest.approx(values["other"] - values["base"])
     assert loss["low"] <= loss["value"] <= loss["high"]
+
+
+def test_the_report_puts_the_model_first_that_the_others_are_compared_with(made: Path) -> None:
+    found = report.read(gather.gather({"assess": made}))
+    assert found.models == ["base", "again", "other"]
+    loss = next(row for row in found.rows if row.name == report.NAMES["loss"])
+    assert [gap is None for gap in loss.gaps] == [True, False, False]
 
 
 def test_figures_follow_from_the_models(made: Path, inputs: dict[str, Path]) -> None:
