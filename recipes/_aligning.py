@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from llamita import chat, checkpoints, estimate, preflight, runs
 from llamita.align import preferences, published, trainers, watch
 from llamita.align.dialogues import DialogueData
+from llamita.align.rejection import evenly
 from llamita.distill import launch
 
 log = logging.getLogger(__name__)
@@ -87,14 +88,14 @@ def open_all(config: AlignConfig, kind: str) -> Given:
 
 
 def encoded(config: AlignConfig, given: Given, *, held_out: int) -> dict[str, preferences.Rows]:
-    """The pairs of both splits as ids, at most ``held_out`` of the second; with 0 there is none.
+    """The pairs of both splits as ids, at most ``held_out`` of the second, evenly spaced; with 0 there is none.
 
     Raises:
         ValueError: there are none, or none fits.
     """
     if held_out:
         given.data.need("validation", "pairs")
-    pairs = {"train": given.data.pairs("train"), "validation": given.data.pairs("validation")[:held_out]}
+    pairs = {"train": given.data.pairs("train"), "validation": evenly(given.data.pairs("validation"), held_out)}
     return {
         split: preferences.encode(part, given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl")
         for split, part in pairs.items()

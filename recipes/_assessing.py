@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llamita import chat, checkpoints, evaluate, runs
-from llamita.align import assistants, estimators, generation, refusals, rejection, verifiers
+from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, verifiers
 from llamita.align.assistants import Measure, Measures
 from llamita.align.dialogues import Dialogue, DialogueData, Message, Pair, Task
 from llamita.align.generation import Answer
@@ -101,7 +101,9 @@ def rewards(judge: RewardModel | None, asked: Questions, answers: Mapping[str, A
     return assistants.rewarded({row: value for (row, _), value in zip(rows, found, strict=True)})
 
 
-def keep(path: Path, measures: Measures, scores: Any, answers: Mapping[str, Answer], asked: Questions) -> None:
+def keep(
+    path: Path, measures: Measures, scores: Any, answers: Mapping[str, Answer], asked: Questions, made_from: str | None
+) -> None:
     """Write what was measured of a model, and what it said."""
     path.parent.mkdir(exist_ok=True)
     prompts = asked.prompts()
@@ -110,7 +112,29 @@ def keep(path: Path, measures: Measures, scores: Any, answers: Mapping[str, Answ
         for name, answer in answers.items()
     ]
     runs.write_atomically(path.with_suffix(".answers.jsonl"), "".join(f"{line}\n" for line in lines))
-    runs.write_json(path, {"measures": measures, "tasks": scores})
+    runs.write_json(path, {"made_from": made_from, "measures": measures, "tasks": scores})
+
+
+def made_from(name: str, config: Any, hashes: Mapping[str, str]) -> str:
+    """A hash of everything that decides what is measured of a model, with what the files hold now."""
+    path = config.models[name].path
+    template = checkpoints.load_tokenizer(path).chat_template
+    lists = sorted(config.task_path.rglob("*")) if config.tasks else []
+    return blocks.identity(
+        inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
+        tokenizer=[checkpoints.tokenizer_of(path), template],
+        tasks={str(file.relative_to(config.task_path)): runs.sha256(file) for file in lists if file.is_file()},
+    )
+
+
+def is_measured(file: Path, made_from: str | None) -> bool:
+    """Whether a former start has measured this, of the same models and data, as the main process knows."""
+    if made_from is None or not file.is_file():
+        return False
+    if runs.read_mapping(file).get("made_from") == made_from:
+        return True
+    log.warning("%s was measured on other models or data than are there now: it is measured again", file)
+    return False
 
 
 def estimate(measure: Measure) -> evaluate.Estimate:
@@ -209,7 +233,7 @@ def agreed(here: bool) -> bool:
     return told[0]
 
 
-def assess(name: str, config: Any, asked: Questions, file: Path) -> None:
+def assess(name: str, config: Any, asked: Questions, file: Path, made_from: str | None) -> None:
     """Measure one model; the main process keeps what was found."""
     device = PartialState().device if config.device == "auto" else torch.device(config.device)
     measures, answers, scores = measure(config.models[name].path, config, asked, device)
@@ -219,7 +243,7 @@ def assess(name: str, config: Any, asked: Questions, file: Path) -> None:
         judge = RewardModel.open(config.reward.path, dtype=dtype, device=device, batch_rows=rows)
         measures |= rewards(judge, asked, answers, name)
     if PartialState().is_main_process:
-        keep(file, measures, scores, answers, asked)
+        keep(file, measures, scores, answers, asked, made_from)
     PartialState().wait_for_everyone()
 
 

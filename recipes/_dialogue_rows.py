@@ -193,7 +193,7 @@ def _refusals(
     max_share: float,
 ) -> Refused:
     """Dialogues without words, each with the reason."""
-    refused = Refused(max_share=max_share)
+    refused = Refused(max_share, "data.max_refused")
     for index in np.flatnonzero(length_D == 0).tolist():
         try:
             encoder.words(texts[index])

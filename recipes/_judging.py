@@ -44,10 +44,11 @@ def encoded(config: Any, given: _aligning.Given) -> dict[str, reinforce.Prompts]
     tasks = {"train": given.data.tasks("train")}
     if config.validation_tasks:
         given.data.need("validation", "tasks")
-        tasks["validation"] = given.data.tasks("validation")[: config.validation_tasks]
+        tasks["validation"] = _aligning.evenly(given.data.tasks("validation"), config.validation_tasks)
     most = config.max_length - config.max_answer_tokens
+    are_verified = config.reward.path is None and config.teacher.path is None
     return {
-        split: reinforce.encode(part, given.encoder, most=most, name=f"{split}.tasks.jsonl")
+        split: reinforce.encode(part, given.encoder, most=most, name=f"{split}.tasks.jsonl", are_verified=are_verified)
         for split, part in tasks.items()
     }
 
@@ -56,7 +57,7 @@ def counts(prompts: Mapping[str, reinforce.Prompts]) -> dict[str, float]:
     """How many tasks are used, and how many are left out."""
     found: dict[str, float] = {}
     for split, part in prompts.items():
-        kinds = {"tasks": len(part), "too_long": part.too_long, "refused": part.refused}
+        kinds = {"tasks": len(part), "too_long": part.too_long, "refused": part.refused, "unjudged": part.unjudged}
         found |= {f"data/{split}_{kind}": number for kind, number in kinds.items()}
     return found
 

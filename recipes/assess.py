@@ -100,6 +100,8 @@ class Assess:
         """Raise ``ValueError`` for what cannot be meant."""
         if not self.models:
             raise ValueError("give the models to measure: models.NAME.path=")
+        if taken := {"data", "reward", "listed_words"} & set(self.models):
+            raise ValueError(f"models.{min(taken)}: a model must not have the name of another input")
         for group in ("models", "safety"):
             if missing := [name for name, one in getattr(self, group).items() if one.path is None]:
                 raise ValueError(f"{group}.{missing[0]}.path is not set")
@@ -155,21 +157,23 @@ def run(config: Assess) -> None:
         if this.done or asked is None:
             return
         files = {name: config.out / "measured" / f"{name}.json" for name in config.models}
+        hashes = _assessing.hashes(config) if state.is_main_process else {}
+        made = {name: _assessing.made_from(name, config, hashes) if hashes else None for name in files}
         with Progress("assess", len(files)) as progress:
             for name in this.until_stopped(progress.count(files)):
-                if not _assessing.agreed(files[name].is_file()):
-                    _assessing.assess(name, config, asked, files[name])
+                if not _assessing.agreed(_assessing.is_measured(files[name], made[name])):
+                    _assessing.assess(name, config, asked, files[name], made[name])
         if state.is_main_process:
-            publish(config, this, {name: runs.read_mapping(file) for name, file in files.items()})
+            publish(config, this, {name: runs.read_mapping(file) for name, file in files.items()}, hashes)
 
 
-def publish(config: Assess, this: runs.Run, told: dict[str, Any]) -> None:
+def publish(config: Assess, this: runs.Run, told: dict[str, Any], parents: dict[str, str]) -> None:
     """Write ``results.json`` and the table, and finish."""
     found: dict[str, Measures] = {name: assistants.read(one["measures"]) for name, one in told.items()}
     found = _assessing.with_wins(found)
     values = {name: {key: _assessing.estimate(one) for key, one in rows.items()} for name, rows in found.items()}
     gaps = _assessing.differences(found, seed=config.run.seed, resamples=config.resamples)
-    parents, models = _assessing.hashes(config), dict[str, Any]()
+    models = dict[str, Any]()
     for step, (name, one) in enumerate(told.items()):
         rows = {key: len(measure.rows) for key, measure in found[name].items()}
         models[name] = {"path": config.models[name].path, "sha256": parents[name], "values": values[name]}

@@ -85,7 +85,7 @@ def take(
     Raises:
         ValueError: too many of them are wrong.
     """
-    refused, taken = Refused(config.max_refused), Counter[str]()
+    refused, taken = Refused(config.max_refused, "max_refused"), Counter[str]()
     for raw in sources.read(name, source, allow_network=config.allow_network):
         if all(taken[kind] == source.max_rows for kind in source.take):
             break

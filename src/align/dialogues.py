@@ -198,6 +198,8 @@ class Refused:
 
     max_share: float = 0.05
     """Of all rows of a source that may be refused before the whole source is."""
+    setting: str = ""
+    """What the user calls that share; empty where no setting says it."""
     counts: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
     """The first of them, with their places."""
@@ -219,10 +221,10 @@ class Refused:
         """Raise ``ValueError`` where more than ``max_share`` of a source was refused, or all of it."""
         if self.total > self.max_share * (self.total + taken) or not taken:
             told = "\n  ".join(self.first[:5]) or "it has no rows"
-            raise ValueError(
-                f"{name}: {self.total} of {self.total + taken} rows were refused, max_refused={self.max_share} allows "
-                f"fewer:\n  {told}"
+            most = (
+                f"{self.setting}={self.max_share} allows fewer" if self.setting else f"at most {self.max_share:.0%} may"
             )
+            raise ValueError(f"{name}: {self.total} of {self.total + taken} rows were refused, {most}:\n  {told}")
 
 
 def is_held_out(prompt: Iterable[Message], *, share: float, seed: int) -> bool:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from llamita import chat
+from llamita.align import verifiers
 from llamita.align.dialogues import Refused, Task
 
 Rewarder = Callable[[Sequence[Task], Sequence[str]], list[float]]
@@ -34,13 +35,15 @@ class Prompts:
     """With the header of the answer."""
     too_long: int = 0
     refused: int = 0
+    unjudged: int = 0
+    """Tasks whose check this machine cannot tell: each answer would earn 0, whatever it says."""
 
     def __len__(self) -> int:
         return len(self.tasks)
 
 
-def encode(tasks: Sequence[Task], encoder: chat.Encoder, *, most: int, name: str) -> Prompts:
-    """All tasks whose prompts have at most ``most`` tokens.
+def encode(tasks: Sequence[Task], encoder: chat.Encoder, *, most: int, name: str, are_verified: bool = True) -> Prompts:
+    """All tasks whose prompts have at most ``most`` tokens and, where checks reward, whose check can be told here.
 
     Raises:
         ValueError: none is left, or the template refuses more than a few.
@@ -48,7 +51,12 @@ def encode(tasks: Sequence[Task], encoder: chat.Encoder, *, most: int, name: str
     refused = Refused()
     found = Prompts([], [])
     too_long = 0
-    for task in tasks:
+    judged = [task for task in tasks if not are_verified or _is_told(task)]
+    if tasks and not judged:
+        raise ValueError(
+            f"this machine can judge none of the {len(tasks)} tasks of {name}: telling languages needs langdetect"
+        )
+    for task in judged:
         try:
             ids = encoder.prompt(task.prompt)
         except ValueError as error:
@@ -62,7 +70,13 @@ def encode(tasks: Sequence[Task], encoder: chat.Encoder, *, most: int, name: str
     refused.check(name, len(found) + too_long)
     if not len(found):
         raise ValueError(f"max_length leaves {most} tokens for a prompt, too few for all {too_long} tasks of {name}")
-    return Prompts(found.tasks, found.ids, too_long, refused.total)
+    return Prompts(found.tasks, found.ids, too_long, refused.total, len(tasks) - len(judged))
+
+
+def _is_told(task: Task) -> bool:
+    """Whether this machine can tell a part of the check; one that is wrong is named later."""
+    is_ifeval = task.check.get("kind") == "ifeval" and task.check.get("instruction_id_list")
+    return not is_ifeval or verifiers.is_checkable(task.check)
 
 
 def dataset(prompts: Prompts) -> Dataset:

@@ -51,7 +51,8 @@ _NUMBER = re.compile(
     r"(?P<power>[eE][-+]?\d{1,2}(?![\w.]))?(?P<over>\s?/\s?\d{1,60}(?![\d.,]*\d))?)"
 )
 _MARK = re.compile(r"####|answer(?:\s+is\b|\W{0,4}[:=])|\\boxed\s*\{", re.IGNORECASE)
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+# Possessive: a fence's line that never ends, as of a model that repeats itself, is looked at once, not at every place.
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 
 
 def validate(check: Mapping[str, Any]) -> None:

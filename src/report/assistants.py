@@ -71,6 +71,7 @@ class Alignment:
     """Everything about alignment on the page."""
 
     models: list[str] = field(default_factory=list)
+    """The first one is what the others are compared with."""
     rows: list[Row] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     best_of: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -89,15 +90,20 @@ def read(report: Report) -> Alignment:
         file = stage.path / FILE
         if stage.recipe == "assess" and file.is_file() and not models:
             told = runs.read_mapping(file)
-            models = list(told["models"])
+            models = _names(told)
             rows = _rows(told, report.models)
     steps = [step for stage in report.stages if (step := _step(stage)) is not None]
     best = {stage.name: found for stage in report.stages if (found := _best_of(stage))}
     return Alignment(models=models, rows=rows, steps=steps, best_of=best)
 
 
+def _names(told: Mapping[str, Any]) -> list[str]:
+    """The models, before all others the one that they are compared with: the file has them by the alphabet."""
+    return sorted(told["models"], key=lambda name: name != told["first"])
+
+
 def _rows(told: Mapping[str, Any], known: Sequence[Model]) -> list[Row]:
-    names = list(told["models"])
+    names = _names(told)
     keys = dict.fromkeys(key for name in names for key in told["models"][name]["values"])
     gaps = {entry["second"]: entry for entry in told.get("differences", [])}
     rows = []

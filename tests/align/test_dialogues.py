@@ -120,10 +120,10 @@ def test_the_split_depends_on_the_prompt_alone_and_takes_its_share() -> None:
 
 
 def test_too_many_refused_rows_refuse_the_source_with_their_places() -> None:
-    refused = Refused(max_share=0.1)
+    refused = Refused(0.1, "share")
     refused.add("file:3", "chosen and rejected are equal: 'x'")
     refused.check("sources.a", 9)
-    with pytest.raises(ValueError, match=r"sources.a: 1 of 9 rows were refused.*\n  file:3: chosen and rejected"):
+    with pytest.raises(ValueError, match=r"a: 1 of 9 rows were refused, share=0.1 allows fewer:\n  file:3: chosen and"):
         refused.check("sources.a", 8)
     with pytest.raises(ValueError, match="it has no rows"):
         Refused().check("sources.b", 0)

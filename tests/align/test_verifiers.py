@@ -186,6 +186,13 @@ def test_an_answer_that_repeats_itself_is_judged_in_linear_time(answer: str) -> 
     assert verifiers.check({"kind": "length", "min": 1}, "a" * (verifiers.MAX_CHARACTERS + 1)) == 0
 
 
+def test_a_fence_whose_line_never_ends_is_read_in_linear_time() -> None:
+    begin = time.process_time()
+    for unit in ("-", " "):
+        assert verifiers.check({"kind": "python"}, f"```{unit * (verifiers.MAX_CHARACTERS - 4)}x") == 0
+    assert time.process_time() - begin < 2  # quadratic it was 25 s each
+
+
 def test_a_pattern_that_needs_exponential_time_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifiers, "REGEX_SECONDS", 0.05)
     assert verifiers.check({"kind": "regex", "pattern": "(?:a|a)+(?:a|a)+c"}, "a" * 5000 + "b") == 0

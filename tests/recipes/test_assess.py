@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from conftest import REPOSITORY
 from llamita import chat, checkpoints, evaluate, runs
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
+from llamita.report import assistants as report
+from llamita.report import gather
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,13 @@ def test_differences_are_paired_with_the_first_model(made: Path) -> None:
     assert loss["low"] <= loss["value"] <= loss["high"]
 
 
+def test_the_report_puts_the_model_first_that_the_others_are_compared_with(made: Path) -> None:
+    found = report.read(gather.gather({"assess": made}))
+    assert found.models == ["base", "again", "other"]
+    loss = next(row for row in found.rows if row.name == report.NAMES["loss"])
+    assert [gap is None for gap in loss.gaps] == [True, False, False]
+
+
 def test_figures_follow_from_the_models(made: Path, inputs: dict[str, Path]) -> None:
     """Loss and reward of the second model, computed without the recipe."""
     model = checkpoints.load_model(inputs["second"]).train(False)
@@ -129,8 +139,8 @@ def test_a_restart_measures_only_what_is_missing(
     helper = sys.modules["_assessing"]
     measured, assess = [], helper.assess
 
-    def stopping(name: str, config: Any, asked: Any, file: Path) -> None:
-        assess(name, config, asked, file)
+    def stopping(name: str, *told: Any) -> None:
+        assess(name, *told)
         measured.append(name)
         if len(measured) == 2:
             (out / "control").mkdir()
@@ -144,6 +154,34 @@ def test_a_restart_measures_only_what_is_missing(
     assert measured == ["base", "again", "other"]
     first, second = (runs.read_json(folder / "results.json") for folder in (out, made))
     assert first == second
+
+
+def test_what_was_measured_on_a_model_that_is_not_there_any_more_is_measured_again(
+    recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out, model = recipe("assess"), tmp_path / "out", assistants.assistant(tmp_path / "model")
+    helper = sys.modules["_assessing"]
+    measured, assess = [], helper.assess
+
+    def stopping(name: str, *told: Any) -> None:
+        assess(name, *told)
+        if not measured:
+            (out / "control").mkdir()
+            (out / "control" / "stop").touch()
+        measured.append(name)
+
+    monkeypatch.setattr(helper, "assess", stopping)
+    words = [f"models.a.path={model}", f"models.b.path={inputs['second']}", f"data.path={inputs['data']}"]
+    config = told(recipe, [*words, "data.max_tasks=0", f"out={out}"])
+    with pytest.raises(runs.Stopped):
+        module.run(config)
+    shutil.rmtree(model)
+    shutil.copytree(inputs["second"], model)
+    module.run(config)
+    assert measured == ["a", "a", "b"]
+    found = runs.read_json(out / "results.json")["models"]
+    assert found["a"]["values"] == found["b"]["values"]
+    assert found["a"]["sha256"] == found["b"]["sha256"]
 
 
 def test_lm_eval_asks_with_the_chat_template(
@@ -193,6 +231,7 @@ def test_lm_eval_asks_in_the_dialogue_format_at_a_fixed_date(
     [
         ([], "give the models to measure"),
         (["models.a.path=a"], "nothing to measure"),
+        (["models.data.path=a", "data.path=b"], r"models.data: a model must not have the name of another input"),
         (["models.a.path=a", "safety.x.column=b"], r"safety.x.path is not set"),
         (["models.a.path=a", "safety.x.path=b", "reward.path=c"], "which is not set"),
         (["models.a.path=a", "data.path=b", "resamples=0"], "resamples must be at least 1"),

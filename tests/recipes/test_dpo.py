@@ -267,6 +267,14 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_held_out_pairs_are_evenly_spaced_over_their_sources(
+    recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path
+) -> None:
+    module = recipe("dpo")
+    rows = module.check(settings(module, folder, tmp_path / "out", validation_pairs=3))[1]
+    assert rows["validation"].ids == ["pair-10", "pair-12", "pair-14"]
+
+
 def test_settings_and_data_without_meaning_are_named(
     recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path
 ) -> None:

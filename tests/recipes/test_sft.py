@@ -448,7 +448,7 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     bad = [{"role": "user", "content": f"what is {chat.TURN_END}?"}, {"role": "assistant", "content": "an end"}]
     source = write(tmp_path / "talks", [bad, *(talk(n) for n in range(9))], [talk(9)])
     config = settings(module, templated, source, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"train: 1 of 10 rows were refused, max_refused=0.05 allows fewer"):
+    with pytest.raises(ValueError, match=r"train: 1 of 10 rows were refused, data.max_refused=0.05 allows fewer"):
         packed(module, config)
     assert not (tmp_path / "run/packed").exists()
     config.data.max_refused = 0.2
