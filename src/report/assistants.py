@@ -98,14 +98,15 @@ def read(report: Report) -> Alignment:
 
 
 def _names(told: Mapping[str, Any]) -> list[str]:
-    """The models, before all others the one that they are compared with: the file has them by the alphabet."""
-    return sorted(told["models"], key=lambda name: name != told["first"])
+    """The models as they were given, before all others the one that they are compared with."""
+    return [told["first"], *(entry["second"] for entry in told["differences"])]
 
 
 def _rows(told: Mapping[str, Any], known: Sequence[Model]) -> list[Row]:
     names = _names(told)
-    keys = dict.fromkeys(key for name in names for key in told["models"][name]["values"])
-    gaps = {entry["second"]: entry for entry in told.get("differences", [])}
+    measured = {key for name in names for key in told["models"][name]["values"]}
+    keys = [*(key for key in NAMES if key in measured), *sorted(measured - NAMES.keys())]
+    gaps = {entry["second"]: entry for entry in told["differences"]}
     rows = []
     for key in keys:
         values = [_estimate(told["models"][name]["values"].get(key)) for name in names]
