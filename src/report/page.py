@@ -250,8 +250,8 @@ def _role(model: Model) -> str:
 
 
 def _gaps(report: Report) -> list[dict[str, Any]]:
-    """Paired differences between the result and every other model, signed as (result - other)."""
-    result = report.result
+    """Paired differences between the result and every other model of text, signed as (result - other)."""
+    result, aligned = report.result, {model.name for model in report.models if model.role is Role.aligned}
     gaps = []
     for entry in report.differences:
         names = (entry["first"], entry["second"])
@@ -259,7 +259,9 @@ def _gaps(report: Report) -> list[dict[str, Any]]:
             continue
         sign = 1.0 if names[0] == result.name else -1.0
         gap = Estimate(sign * entry["bits_per_byte"]["value"], entry["bits_per_byte"]["stderr"])
-        gaps.append({"other": names[1] if sign > 0 else names[0], "gap": gap})
+        other = names[1] if sign > 0 else names[0]
+        if other not in aligned:
+            gaps.append({"other": other, "gap": gap})
     return gaps
 
 
