@@ -90,8 +90,11 @@ def read(report: Report) -> Alignment:
         file = stage.path / FILE
         if stage.recipe == "assess" and file.is_file() and not models:
             told = runs.read_mapping(file)
-            models = _names(told)
-            rows = _rows(told, report.models)
+            try:
+                models = _names(told)
+                rows = _rows(told, report.models)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} is damaged: assess wrote no such entry ({error!r})") from error
     steps = [step for stage in report.stages if (step := _step(stage)) is not None]
     best = {stage.name: found for stage in report.stages if (found := _best_of(stage))}
     return Alignment(models=models, rows=rows, steps=steps, best_of=best)
@@ -120,11 +123,14 @@ def _rows(told: Mapping[str, Any], known: Sequence[Model]) -> list[Row]:
 
 
 def _estimate(value: Any) -> Estimate | None:
-    return None if value is None else Estimate(value["value"], value.get("stderr"))
+    if value is None:
+        return None
+    stderr = value["stderr"]
+    return Estimate(float(value["value"]), None if stderr is None else float(stderr))
 
 
 def _gap(value: Any) -> Gap | None:
-    return None if value is None else Gap(value=value["value"], low=value["low"], high=value["high"])
+    return None if value is None else Gap(**{name: float(value[name]) for name in ("value", "low", "high")})
 
 
 def _step(stage: Stage) -> Step | None:
@@ -174,7 +180,8 @@ def best_of(alignment: Alignment) -> Sketch | None:
         figure, axes = figures.new_figure(720, 280)
         for index, (name, points) in enumerate(alignment.best_of.items()):
             colour = palette.others[index % len(palette.others)]
-            axes.plot(list(points), list(points.values()), "o-", color=colour, linewidth=1.6, markersize=5, label=name)
+            told = {"color": colour, "label": figures.clip(name)}
+            axes.plot(list(points), list(points.values()), "o-", linewidth=1.6, markersize=5, **told)
         counts = sorted({n for points in alignment.best_of.values() for n in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, labels=[str(n) for n in counts])

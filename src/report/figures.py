@@ -407,7 +407,8 @@ def _lines(report: Report, name: str, over: Over) -> list[_Line]:
 def _losses_over(report: Report, over: Over) -> Sketch | None:
     """Each panel is one loss."""
     data = {name: _lines(report, name, over) for name in LOSSES}
-    data = {name: [line for line in lines if line.model.role is not Role.teacher] for name, lines in data.items()}
+    apart = (Role.teacher, Role.aligned)  # an aligned model's losses are those of answers, not of the text
+    data = {name: [line for line in lines if line.model.role not in apart] for name, lines in data.items()}
     data = {name: lines for name, lines in data.items() if lines}
     if not data:
         return None
