@@ -14,6 +14,7 @@ import torch
 import _aligning
 from llamita.align import reinforce, reward_model, verifiers, watch
 from llamita.align.dialogues import Task
+from llamita.align.rejection import evenly
 
 TRAINERS = {
     "grpo": ("grpo_config", "GRPOConfig", "GroupTrainer"),
@@ -44,7 +45,7 @@ def encoded(config: Any, given: _aligning.Given) -> dict[str, reinforce.Prompts]
     tasks = {"train": given.data.tasks("train")}
     if config.validation_tasks:
         given.data.need("validation", "tasks")
-        tasks["validation"] = _aligning.evenly(given.data.tasks("validation"), config.validation_tasks)
+        tasks["validation"] = evenly(given.data.tasks("validation"), config.validation_tasks)
     most = config.max_length - config.max_answer_tokens
     are_verified = config.reward.path is None and config.teacher.path is None
     return {

@@ -221,9 +221,8 @@ class Refused:
         """Raise ``ValueError`` where more than ``max_share`` of a source was refused, or all of it."""
         if self.total > self.max_share * (self.total + taken) or not taken:
             told = "\n  ".join(self.first[:5]) or "it has no rows"
-            most = (
-                f"{self.setting}={self.max_share} allows fewer" if self.setting else f"at most {self.max_share:.0%} may"
-            )
+            share = f"{self.setting}={self.max_share} allows fewer"
+            most = share if self.setting else f"at most {self.max_share:.0%} may be"
             raise ValueError(f"{name}: {self.total} of {self.total + taken} rows were refused, {most}:\n  {told}")
 
 
