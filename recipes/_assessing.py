@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llamita import chat, checkpoints, evaluate, runs
-from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, verifiers
+from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, reward_model, verifiers
 from llamita.align.assistants import Measure, Measures
 from llamita.align.dialogues import Dialogue, DialogueData, Message, Pair, Task
 from llamita.align.generation import Answer
@@ -131,12 +131,13 @@ def rewards(judge: RewardModel | None, asked: Questions, answers: Mapping[str, A
     if judge is None:
         return {}
     rows = list(asked.rewarded.items())
-    found = spread(
-        rows,
-        lambda some: judge.score(
-            [(messages, answers[row].text) for row, messages in some], [f"{name}: {row}" for row, _ in some]
-        ),
+    names = [f"{name}: {row}" for row, _ in rows]
+    said = [(messages, answers[row].text) for row, messages in rows]
+    given = spread(
+        list(zip(said, names, strict=True)),
+        lambda some: judge.score([one for one, _ in some], [row for _, row in some], may_be_nan=True),
     )
+    found = reward_model.least_where_unread(given, names)
     return assistants.rewarded({row: value for (row, _), value in zip(rows, found, strict=True)})
 
 
@@ -162,7 +163,7 @@ def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str
     return blocks.identity(
         inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
         tokenizer=[checkpoints.tokenizer_of(path), template],
-        rows=[row.id for row in (*asked.dialogues, *asked.pairs)],
+        rows=[[row.id for row in asked.dialogues], [row.id for row in asked.pairs]],
         tasks={str(file.relative_to(config.task_path)): runs.sha256(file) for file in lists if file.is_file()},
     )
 

@@ -15,6 +15,7 @@ import _aligning
 from llamita.align import reinforce, reward_model, verifiers, watch
 from llamita.align.dialogues import Task
 from llamita.align.rejection import evenly
+from llamita.align.reward_model import least_where_unread
 
 TRAINERS = {
     "grpo": ("grpo_config", "GRPOConfig", "GroupTrainer"),
@@ -88,10 +89,9 @@ def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
     model = reward_model.RewardModel.open(reward, device=device)
 
     def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
-        found: list[float] = model.score(
-            [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)], [task.id for task in tasks]
-        )
-        return found
+        told = [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)]
+        names = [task.id for task in tasks]
+        return least_where_unread(model.score(told, names, may_be_nan=True), names)
 
     return score
 
