@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llamita import chat, checkpoints, evaluate, runs
-from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, verifiers
+from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, reward_model, verifiers
 from llamita.align.assistants import Measure, Measures
 from llamita.align.dialogues import Dialogue, DialogueData, Message, Pair, Task
 from llamita.align.generation import Answer
@@ -36,6 +36,8 @@ class Questions:
     words: list[str]
     rewarded: dict[str, tuple[Message, ...]]
     """Prompts whose answers a reward model judges, by name."""
+    left_out: int = 0
+    """Dialogues and pairs that one of the models cannot read, and so none is asked."""
 
     def prompts(self) -> dict[str, tuple[Message, ...]]:
         """Everything that is answered, by name."""
@@ -43,6 +45,43 @@ class Questions:
         for name, texts in self.safety.items():
             found |= {f"safety/{name}/{n}": ({"role": "user", "content": text},) for n, text in enumerate(texts)}
         return found | self.rewarded
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one of the models reads, as far as it can be told without its weights."""
+
+    owner: str
+    encoder: chat.Encoder
+    positions: int
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> Reader:
+        """That of a model directory, whose files are looked at."""
+        positions = checkpoints.Weights(path).config.max_position_embeddings
+        return cls(f"models.{name}.path={path}", chat.Encoder(checkpoints.load_tokenizer(path)), positions)
+
+    def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
+        """The ids of a prompt; ``ValueError`` with its name where the chat template refuses it."""
+        try:
+            return self.encoder.prompt(messages)
+        except ValueError as error:
+            raise ValueError(f"{self.owner} cannot be asked {name}: {error}") from None
+
+    def reads(self, row: Dialogue | Pair) -> bool:
+        """Whether the chat template takes the row, and the model has positions for it; if not, this is told."""
+        try:
+            if isinstance(row, Pair):
+                parts = [self.encoder.answer(row.prompt, side) for side in (row.chosen, row.rejected)]
+                length = max(len(prompt) + len(answer) for prompt, answer in parts)
+            else:
+                length = len(self.encoder.dialogue(row.messages).ids)
+            reason = f"it has {length} tokens, the model {self.positions} positions" * (length > self.positions)
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            log.warning("%s cannot read %s: %s: no model is asked", self.owner, row.id, reason)
+        return not reason
 
 
 def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
@@ -92,12 +131,13 @@ def rewards(judge: RewardModel | None, asked: Questions, answers: Mapping[str, A
     if judge is None:
         return {}
     rows = list(asked.rewarded.items())
-    found = spread(
-        rows,
-        lambda some: judge.score(
-            [(messages, answers[row].text) for row, messages in some], [f"{name}: {row}" for row, _ in some]
-        ),
+    names = [f"{name}: {row}" for row, _ in rows]
+    said = [(messages, answers[row].text) for row, messages in rows]
+    given = spread(
+        list(zip(said, names, strict=True)),
+        lambda some: judge.score([one for one, _ in some], [row for _, row in some], may_be_nan=True),
     )
+    found = reward_model.least_where_unread(given, names)
     return assistants.rewarded({row: value for (row, _), value in zip(rows, found, strict=True)})
 
 
@@ -115,7 +155,7 @@ def keep(
     runs.write_json(path, {"made_from": made_from, "measures": measures, "tasks": scores})
 
 
-def made_from(name: str, config: Any, hashes: Mapping[str, str]) -> str:
+def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str]) -> str:
     """A hash of everything that decides what is measured of a model, with what the files hold now."""
     path = config.models[name].path
     template = checkpoints.load_tokenizer(path).chat_template
@@ -123,6 +163,7 @@ def made_from(name: str, config: Any, hashes: Mapping[str, str]) -> str:
     return blocks.identity(
         inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
         tokenizer=[checkpoints.tokenizer_of(path), template],
+        rows=[[row.id for row in asked.dialogues], [row.id for row in asked.pairs]],
         tasks={str(file.relative_to(config.task_path)): runs.sha256(file) for file in lists if file.is_file()},
     )
 
@@ -196,8 +237,8 @@ def read_lists(config: Any) -> tuple[dict[str, list[str]], list[str]]:
     return safety, refusals.read_words(config.listed_words) if config.listed_words else []
 
 
-def questions(config: Any) -> Questions:
-    """What every model is asked.
+def questions(config: Any, readers: Sequence[Reader]) -> Questions:
+    """What every model is asked: of the dialogues and pairs those that all can read.
 
     Raises:
         ValueError: a list, the data or a task's check is not what it should be, or there is nothing to ask.
@@ -209,8 +250,13 @@ def questions(config: Any) -> Questions:
     dialogues = rejection.evenly(data.dialogues(split), config.data.max_dialogues)
     pairs = rejection.evenly(data.pairs(split), config.data.max_pairs)
     tasks = rejection.evenly(data.tasks(split), config.data.max_tasks)
+    given = len(dialogues) + len(pairs)
+    dialogues = [row for row in dialogues if all(reader.reads(row) for reader in readers)]
+    pairs = [row for row in pairs if all(reader.reads(row) for reader in readers)]
+    left_out = given - len(dialogues) - len(pairs)
     if not (dialogues or pairs or tasks):
-        raise ValueError(f"data.path={config.data.path} has nothing to measure in its split {split}")
+        lost = f": {left_out} dialogues and pairs cannot be read by every model" if left_out else ""
+        raise ValueError(f"data.path={config.data.path} has nothing to measure in its split {split}{lost}")
     for task in tasks:
         if task.check:
             verifiers.validate_row(task.id, task.check)
@@ -222,7 +268,7 @@ def questions(config: Any) -> Questions:
             if one.prompt and json.dumps(one.prompt) not in known:
                 known.add(json.dumps(one.prompt))
                 rewarded[f"dialogues/{number}"] = one.prompt
-    return Questions(dialogues, pairs, tasks, safety, words, rewarded)
+    return Questions(dialogues, pairs, tasks, safety, words, rewarded, left_out)
 
 
 def agreed(here: bool) -> bool:

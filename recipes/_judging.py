@@ -14,6 +14,8 @@ import torch
 import _aligning
 from llamita.align import reinforce, reward_model, verifiers, watch
 from llamita.align.dialogues import Task
+from llamita.align.rejection import evenly
+from llamita.align.reward_model import least_where_unread
 
 TRAINERS = {
     "grpo": ("grpo_config", "GRPOConfig", "GroupTrainer"),
@@ -44,7 +46,7 @@ def encoded(config: Any, given: _aligning.Given) -> dict[str, reinforce.Prompts]
     tasks = {"train": given.data.tasks("train")}
     if config.validation_tasks:
         given.data.need("validation", "tasks")
-        tasks["validation"] = _aligning.evenly(given.data.tasks("validation"), config.validation_tasks)
+        tasks["validation"] = evenly(given.data.tasks("validation"), config.validation_tasks)
     most = config.max_length - config.max_answer_tokens
     are_verified = config.reward.path is None and config.teacher.path is None
     return {
@@ -87,10 +89,9 @@ def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
     model = reward_model.RewardModel.open(reward, device=device)
 
     def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
-        found: list[float] = model.score(
-            [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)], [task.id for task in tasks]
-        )
-        return found
+        told = [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)]
+        names = [task.id for task in tasks]
+        return least_where_unread(model.score(told, names, may_be_nan=True), names)
 
     return score
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from llamita import chat, checkpoints, runs
 from llamita.align import blocks, generation, rejection
 from llamita.align.blocks import Block, Store
-from llamita.align.dialogues import SPLITS, DialogueData
+from llamita.align.dialogues import SPLITS, DialogueData, Refused
 from llamita.align.rejection import Asked, Sample
 from llamita.align.reward_model import RewardModel
 from llamita.progress import Progress
@@ -47,6 +47,26 @@ def prompts_of(config: Any, data: DialogueData) -> dict[str, list[Asked]]:
     return {split: rows for split, rows in found.items() if rows}
 
 
+def answerable(asked: dict[str, list[Asked]], encoder: chat.Encoder) -> dict[str, list[Asked]]:
+    """The prompts that the chat template takes; the others are named and left out, as they are in training.
+
+    Raises:
+        ValueError: these are more than a few.
+    """
+    found: dict[str, list[Asked]] = {}
+    for split, rows in asked.items():
+        refused, found[split] = Refused(), []
+        for one in rows:
+            try:
+                encoder.prompt(one.messages)
+            except ValueError as error:
+                refused.add(f"{split}, {one.name}", str(error))
+            else:
+                found[split].append(one)
+        refused.check(f"prompts of {split}", len(found[split]))
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """Everything that is asked, in blocks, and where answers and scores go."""
@@ -73,6 +93,8 @@ def plan(config: Any, data: DialogueData, asked: dict[str, list[Asked]], hashes:
         "round": config.round,
         "dtype": config.dtype,
         "tokenizer": checkpoints.tokenizer_of(config.model.path),
+        "template": checkpoints.load_tokenizer(config.model.path).chat_template,
+        "prompts": {split: [one.name for one in rows] for split, rows in asked.items()},
         "asked": [config.prompts, config.max_prompts, config.block_prompts],
     }
     made = blocks.identity(**told)

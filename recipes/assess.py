@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import _assessing
-from llamita import chat, checkpoints, checks, evaluate, runs
+from llamita import checkpoints, checks, evaluate, runs
 from llamita.align import assistants, generation, reward_model
 from llamita.align.assistants import Measures
 from llamita.progress import Progress
@@ -136,13 +136,11 @@ def check(config: Assess) -> _assessing.Questions:
         evaluate.check_tasks(config.tasks, config.task_path)
     if config.reward.path is not None:
         reward_model.load_config(config.reward.path)
-    asked = _assessing.questions(config)
-    for name, model in config.models.items():
-        assert model.path is not None
-        positions = checkpoints.Weights(model.path).config.max_position_embeddings
-        encoder = chat.Encoder(checkpoints.load_tokenizer(model.path))
-        prompts = [generation.Prompt(row, encoder.prompt(said)) for row, said in asked.prompts().items()]
-        generation.check_lengths(prompts, config.sampling, positions, f"models.{name}.path={model.path}")
+    readers = {name: _assessing.Reader.of(name, model.path) for name, model in config.models.items() if model.path}
+    asked = _assessing.questions(config, list(readers.values()))
+    for reader in readers.values():
+        prompts = [generation.Prompt(row, reader.prompt(row, said)) for row, said in asked.prompts().items()]
+        generation.check_lengths(prompts, config.sampling, reader.positions, reader.owner)
     return asked
 
 
@@ -158,16 +156,17 @@ def run(config: Assess) -> None:
             return
         files = {name: config.out / "measured" / f"{name}.json" for name in config.models}
         hashes = _assessing.hashes(config) if state.is_main_process else {}
-        made = {name: _assessing.made_from(name, config, hashes) if hashes else None for name in files}
+        made = {name: _assessing.made_from(name, config, asked, hashes) if hashes else None for name in files}
         with Progress("assess", len(files)) as progress:
             for name in this.until_stopped(progress.count(files)):
                 if not _assessing.agreed(_assessing.is_measured(files[name], made[name])):
                     _assessing.assess(name, config, asked, files[name], made[name])
         if state.is_main_process:
-            publish(config, this, {name: runs.read_mapping(file) for name, file in files.items()}, hashes)
+            told = {name: runs.read_mapping(file) for name, file in files.items()}
+            publish(config, this, told, hashes, asked.left_out)
 
 
-def publish(config: Assess, this: runs.Run, told: dict[str, Any], parents: dict[str, str]) -> None:
+def publish(config: Assess, this: runs.Run, told: dict[str, Any], parents: dict[str, str], left_out: int) -> None:
     """Write ``results.json`` and the table, and finish."""
     found: dict[str, Measures] = {name: assistants.read(one["measures"]) for name, one in told.items()}
     found = _assessing.with_wins(found)
@@ -182,7 +181,9 @@ def publish(config: Assess, this: runs.Run, told: dict[str, Any], parents: dict[
         logged |= {f"eval/{t}/{m}": v["value"] for t, scores in one["tasks"].items() for m, v in scores.items()}
         this.log({"model": name, **logged}, step=step)
     log.info("\n%s", _assessing.table({n: values[n] | _assessing.scores(one["tasks"]) for n, one in told.items()}))
-    runs.write_json(config.out / FILE, {"models": models, "differences": gaps, "first": next(iter(told))})
+    runs.write_json(
+        config.out / FILE, {"models": models, "differences": gaps, "first": next(iter(told)), "left_out": left_out}
+    )
     names = [str(file.relative_to(config.out)) for file in sorted((config.out / "measured").iterdir())]
     this.finish([FILE, *names], parents=parents, summary={name: one["values"] for name, one in models.items()})
 

@@ -119,7 +119,7 @@ def check(config: Sample) -> tuple[DialogueData, dict[str, list[rejection.Asked]
     if config.reward.path is not None:
         reward_model.load_config(config.reward.path)
     data = DialogueData.open(config.data.path)
-    asked = _sampling.prompts_of(config, data)
+    asked = _sampling.answerable(_sampling.prompts_of(config, data), encoder)
     _sampling.check_lengths(config, asked, encoder, weights.config.max_position_embeddings)
     return data, asked, encoder
 

@@ -123,6 +123,12 @@ def _message(value: Any) -> Message:
         raise ValueError(f"the message of the {role} must be text, got {type(content).__name__}")
     if not content.strip():
         raise ValueError(f"the message of the {role} is empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the message of the {role} holds half a character, which no file can: {content[:40]!a}"
+        ) from None
     code = {"code": True} if value.get("code") and role == Role.assistant else {}
     return {"role": str(role), "content": content, **code}
 
@@ -221,15 +227,17 @@ class Refused:
         """Raise ``ValueError`` where more than ``max_share`` of a source was refused, or all of it."""
         if self.total > self.max_share * (self.total + taken) or not taken:
             told = "\n  ".join(self.first[:5]) or "it has no rows"
-            most = (
-                f"{self.setting}={self.max_share} allows fewer" if self.setting else f"at most {self.max_share:.0%} may"
-            )
+            share = f"{self.setting}={self.max_share} allows fewer"
+            most = share if self.setting else f"at most {self.max_share:.0%} may be"
             raise ValueError(f"{name}: {self.total} of {self.total + taken} rows were refused, {most}:\n  {told}")
 
 
 def is_held_out(prompt: Iterable[Message], *, share: float, seed: int) -> bool:
-    """Whether rows of this prompt are held out: decided by its text alone, so that it holds over sources and rounds."""
-    text = json.dumps([seed, *([m["role"], m["content"]] for m in prompt)], ensure_ascii=False)
+    """Whether rows of this prompt are held out: decided by its text alone, so that it holds over sources and rounds.
+
+    White space around a message does not count: dialogues are written without it, so a model reads the same prompt.
+    """
+    text = json.dumps([seed, *([m["role"], m["content"].strip()] for m in prompt)], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 

@@ -41,6 +41,25 @@ def load_config(path: Path) -> LlamaConfig:
     return config
 
 
+def least_where_unread(values: Sequence[float], names: Sequence[str]) -> list[float]:
+    """The rewards, with the least of them where there is none.
+
+    An answer that the reward model cannot read (it spells a special token, or is too long) is worth no more than the
+    worst that it can; one such answer must not end a run, which would draw it again after every start.
+
+    Raises:
+        ValueError: there is no reward at all, or one is not finite; the row is named.
+    """
+    there = [value for value in values if not math.isnan(value)]
+    for name, value in zip(names, values, strict=True):
+        if not there or math.isinf(value):
+            raise ValueError(
+                f"the reward of {name} is {value}: the reward model's weights are not finite, or it reads "
+                "none of the answers"
+            )
+    return [min(there) if math.isnan(value) else value for value in values]
+
+
 class RewardModel:
     """Scores answers: one number each, at the last token of the dialogue."""
 

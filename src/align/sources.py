@@ -214,8 +214,9 @@ def _messages(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
         names = {"human": "user", "gpt": "assistant"}
         messages = [
             {"role": names.get(str(m.get("from")), m.get("from")), "content": m.get("value")}
-            for m in row["conversations"]
             if isinstance(m, dict)
+            else m
+            for m in row["conversations"]
         ]
     yield Raw(place, "dialogues", {"messages": messages})
 
@@ -255,11 +256,24 @@ def _preferences(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
         same = min(same, max(0, len(chosen) - 1), max(0, len(rejected) - 1))
         prompt, sides = chosen[:same], {"chosen": chosen[same : same + 1], "rejected": rejected[same : same + 1]}
     else:
-        sides = {
-            side: [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-            for side, value in sides.items()
-        }
+        sides = {side: _behind(prompt, value) for side, value in sides.items()}
     yield Raw(place, "pairs", {"prompt": prompt, **sides})
+
+
+def _behind(prompt: Any, side: Any) -> Any:
+    """The answer of a side, which some data sets write with the prompt again before it."""
+    if isinstance(side, str):
+        return [{"role": "assistant", "content": side}]
+    count = len(prompt) if isinstance(prompt, list) else 0
+    repeats = isinstance(side, list) and len(side) > count > 0 and _same(side[:count], prompt)
+    return side[count:] if repeats else side
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    def told(message: Any) -> Any:
+        return (_role(message), message.get("content")) if isinstance(message, Mapping) else message
+
+    return [*map(told, first)] == [*map(told, second)]
 
 
 def _trees(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:

@@ -31,6 +31,7 @@ SAID = {"role": "assistant", "content": "two."}
         ([USER, {**SAID, "tool_calls": [{"name": "f"}]}], "either content or tool_calls"),
         ([USER, {"role": "assistant", "tool_calls": [{"arguments": {}}]}], "a tool call needs a name"),
         (["text"], "a message must have role and content"),
+        ([USER, {**SAID, "content": "\ud83d"}], "the message of the assistant holds half a character"),
     ],
 )
 def test_a_dialogue_that_cannot_be_learnt_from_is_refused(messages: Any, reason: str) -> None:
@@ -117,6 +118,12 @@ def test_the_split_depends_on_the_prompt_alone_and_takes_its_share() -> None:
     pair = Pair("x", prompts[0], SAID, USER)
     longer = Dialogue("y", (*prompts[0], SAID, USER, SAID))
     assert dialogues.prompt_of(pair) == longer.prompt == prompts[0]
+
+
+def test_white_space_that_no_model_reads_changes_no_side() -> None:
+    for number in range(40):
+        plain, padded = ({"role": "user", "content": text} for text in (f"question {number}", f" question {number}\n"))
+        assert dialogues.is_held_out([plain], share=0.5, seed=0) == dialogues.is_held_out([padded], share=0.5, seed=0)
 
 
 def test_too_many_refused_rows_refuse_the_source_with_their_places() -> None:

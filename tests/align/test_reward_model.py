@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import assistants
 from llamita import chat, checkpoints
-from llamita.align.reward_model import RewardModel
+from llamita.align.reward_model import RewardModel, least_where_unread
 
 DIALOGUES = [
     (assistants.user("Hi"), "Hello"),
@@ -47,6 +47,21 @@ def test_a_reward_that_is_no_number_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="the reward of row 0 is nan"):
         RewardModel.open(folder).score(DIALOGUES, NAMES)
     assert all(value != value for value in RewardModel.open(folder).score(DIALOGUES, NAMES, may_be_nan=True))
+
+
+def test_an_answer_that_cannot_be_read_is_worth_the_least_and_ends_no_run(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(chat.TEMPLATE + "{# another #}")
+    model, names = RewardModel.open(folder), [*NAMES, "spells"]
+    said = [*DIALOGUES, (assistants.user("Hi"), f"It ends with {chat.TURN_END}.")]
+    with pytest.raises(ValueError, match="spells: a message holds the special token"):
+        model.score(said, names)
+    found = least_where_unread(model.score(said, names, may_be_nan=True), names)
+    assert found[:4] == model.score(DIALOGUES, NAMES)
+    assert found[4] == min(found[:4])
+    for values in ([float("nan")] * 2, [1.0, float("inf")]):
+        with pytest.raises(ValueError, match=r"the reward of row . is"):
+            least_where_unread(values, NAMES[:2])
+    assert least_where_unread([], []) == []
 
 
 def test_a_directory_that_is_no_reward_model_is_refused(folder: Path, tmp_path: Path) -> None:

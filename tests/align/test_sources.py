@@ -39,6 +39,9 @@ def test_messages_in_both_forms(tmp_path: Path) -> None:
     found = rows(tmp_path / "x.jsonl", Kind.messages, [{"messages": [user("a"), said("b")]}, share_gpt])
     assert [parsed(raw).messages for raw in found] == [(user("a"), said("b"))] * 2
     assert [raw.place for raw in found] == ["x.jsonl:1", "x.jsonl:2"]
+    share_gpt["conversations"].insert(1, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a message must have role and content, got 'None'"):
+        parsed(*rows(tmp_path / "x.jsonl", Kind.messages, [share_gpt]))
 
 
 def test_instructions_give_a_dialogue_and_where_there_are_two_answers_a_pair(tmp_path: Path) -> None:
@@ -53,11 +56,16 @@ def test_preferences_share_a_prompt_up_to_where_they_part(tmp_path: Path) -> Non
     texts = {"chosen": f"{start}\n\nAssistant: good", "rejected": f"{start}\n\nAssistant: bad\n\nbut long"}
     early = {"chosen": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: y", "rejected": texts["rejected"]}
     explicit = {"prompt": "a", "chosen": "x", "rejected": [said("y")]}
-    found = [parsed(raw) for raw in rows(tmp_path / "x.jsonl", Kind.preferences, [texts, early, explicit])]
+    repeated = {"prompt": "a", "chosen": [user("a"), said("x")], "rejected": [user("a"), said("y")]}
+    found = [parsed(raw) for raw in rows(tmp_path / "x.jsonl", Kind.preferences, [texts, early, explicit, repeated])]
     assert found[0].prompt == (user("a"), said("b"), user("c"))
     assert (found[0].chosen, found[0].rejected) == (said("good"), said("bad\n\nbut long"))
     assert (found[1].prompt, found[1].chosen, found[1].rejected) == ((user("a"),), said("x"), said("b"))
-    assert (found[2].prompt, found[2].chosen, found[2].rejected) == ((user("a"),), said("x"), said("y"))
+    for pair in found[2:]:
+        assert (pair.prompt, pair.chosen, pair.rejected) == ((user("a"),), said("x"), said("y"))
+    other = {"prompt": "b", "chosen": [user("a"), said("x")], "rejected": [user("a"), said("y")]}
+    with pytest.raises(ValueError, match="chosen must be one message, got 2"):
+        parsed(*rows(tmp_path / "x.jsonl", Kind.preferences, [other]))
 
 
 def test_trees_give_the_best_path_and_the_ranked_siblings(tmp_path: Path) -> None:

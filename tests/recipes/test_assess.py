@@ -184,6 +184,22 @@ def test_what_was_measured_on_a_model_that_is_not_there_any_more_is_measured_aga
     assert found["a"]["sha256"] == found["b"]["sha256"]
 
 
+def test_a_dialogue_that_one_model_has_no_positions_for_is_asked_of_none(
+    recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    module, data = recipe("assess"), DialogueData.open(inputs["data"])
+    encoder = chat.Encoder(checkpoints.load_tokenizer(inputs["first"]))
+    lengths = sorted(len(encoder.dialogue(row.messages).ids) for row in data.dialogues("validation"))
+    config = told(recipe, overrides(inputs, tmp_path / "out", "data.max_tasks=0", "data.max_pairs=0"))
+    reader = sys.modules["_assessing"].Reader("short", encoder, lengths[0])
+    asked = sys.modules["_assessing"].questions(config, [reader])
+    assert len(asked.dialogues) == lengths.count(lengths[0])
+    assert asked.left_out == sum(length > lengths[0] for length in lengths)
+    with pytest.raises(ValueError, match="5 dialogues and pairs cannot be read by every model"):
+        sys.modules["_assessing"].questions(config, [reader.__class__("none", encoder, 3)])
+    assert module.check(config).left_out == 0
+
+
 def test_lm_eval_asks_with_the_chat_template(
     recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

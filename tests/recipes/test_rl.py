@@ -159,7 +159,7 @@ def test_a_reward_model_is_asked_where_there_is_one(
             assert path == folder / "teacher"
             return cls()
 
-        def score(self, dialogues: Any, names: Any) -> list[float]:
+        def score(self, dialogues: Any, names: Any, **_: Any) -> list[float]:
             asked.extend(zip(names, dialogues, strict=True))
             return [letters(answer) for _, answer in dialogues]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import assistants
 from conftest import REPOSITORY
-from llamita import checkpoints, runs
-from llamita.align import generation, rejection
-from llamita.align.dialogues import DialogueData
+from llamita import chat, checkpoints, runs
+from llamita.align import dialogues, generation, rejection
+from llamita.align.dialogues import DialogueData, Task
 
 MADE = ("dialogues.json", "samples.jsonl", "train.dialogues.jsonl", "train.pairs.jsonl", "validation.dialogues.jsonl")
 
@@ -216,6 +217,25 @@ def test_a_reward_that_is_no_number_is_told_and_never_chosen(
         module.run(settings(module, {**inputs, "reward": broken}, tmp_path / "out"))
     assert '"share_no_number": 0.0' not in str(caught.value)
     assert "the reward of t-train-0/0 is nan: it is not chosen" in caplog.text
+
+
+def test_a_prompt_that_the_template_refuses_is_left_out_like_in_training_and_many_end_the_run(
+    recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    module, data = recipe("sample"), DialogueData.open(inputs["data"])
+    shutil.copytree(inputs["model"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(chat.TEMPLATE + "{# another #}")
+    wrong = Task("wrong", ({"role": "user", "content": f"What is {chat.TURN_END}?"},))
+    many = [Task(f"t-{number}", ({"role": "user", "content": f"What is {number}?"},)) for number in range(30)]
+    for tasks, name in (([*many, wrong], "few"), ([*many[:3], wrong], "much")):
+        (tmp_path / name).mkdir()
+        dialogues.write_all(tmp_path / name, {"train": {"tasks": tasks}}, {})
+    config = settings(module, {**inputs, "model": tmp_path / "model", "data": tmp_path / "few"}, tmp_path / "out")
+    assert [one.name for one in module.check(config)[1]["train"]] == [task.id for task in many]
+    config.data.path = tmp_path / "much"
+    with pytest.raises(ValueError, match=r"prompts of train: 1 of 4 rows were refused"):
+        module.check(config)
+    assert len(module.check(settings(module, inputs, tmp_path / "out"))[1]["train"]) == len(data.tasks("train"))
 
 
 @pytest.mark.parametrize(
