@@ -23,6 +23,7 @@ from llamita import runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = ("sft", "lora", "sample", "dpo", "rl", "held_out", "assistants")
+LORA = ("lora.rank=16", "lora.embeddings=true", "optim.learning_rate=5e-3")
 MODELS = ("distilled", "sft", "lora", "dpo", "rl")
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="the directory of a demo that has run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lora", nargs="+", default=["lora.rank=16", "optim.learning_rate=1e-2"], help="of adapters")
+    parser.add_argument("--lora", nargs="+", default=LORA, help="of adapters")
     told = parser.parse_args()
     by_seed = []
     for seed in told.seeds:

@@ -125,10 +125,10 @@ def trained_of(
         return found
     cpu, attention = torch.device("cpu"), teachers.Attention.sdpa
     model = student.load(wanted, llama, seed=0, attention=attention, device=cpu, resting=dtype)
-    found.check([name for name, _ in model.named_parameters() if lora.is_adapter(name)], beside=False)
+    found.check([name for name, _ in model.named_parameters() if lora.is_trained(name, wanted.lora)], beside=False)
     found.restore(model)
     for name, parameter in model.named_parameters():
-        if rounded and lora.is_adapter(name):
+        if rounded and lora.is_trained(name, wanted.lora):
             parameter.data = parameter.data.to(dtype).float()
     return lora.Merged(model)
 

@@ -7,6 +7,7 @@ adapter of rank r holds r (in + out) values with their gradients and moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 from llamita.shapes import LlamaShape
 
 ADAPTER = "default"
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Projection(StrEnum):
@@ -46,6 +48,9 @@ class LoraConfig:
     """Share of an adapter's inputs that are set to zero in training."""
     targets: list[Projection] = field(default_factory=lambda: list(Projection))
     """The projections that get one; unset: all of attention and MLP."""
+    embeddings: bool = False
+    """Train embedding and output matrix too, whole: a base model has hardly seen the tokens around a turn, and adapters
+    of its layers cannot teach it to say them."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -57,14 +62,16 @@ class LoraConfig:
         if not self.targets or len(set(self.targets)) < len(self.targets):
             allowed = ", ".join(Projection)
             raise ValueError(f"lora.targets must name each of {allowed} once at most, got {self.targets}")
-        meant = self.alpha is not None or self.dropout or set(self.targets) != set(Projection)
+        meant = self.alpha is not None or self.dropout or self.embeddings or set(self.targets) != set(Projection)
         if not self.rank and meant:
-            raise ValueError("lora.alpha, dropout and targets need lora.rank, got 0")
+            raise ValueError("lora.alpha, dropout, targets and embeddings need lora.rank, got 0")
 
     def num_parameters(self, shape: LlamaShape) -> int:
-        """Values of all adapters of a student of that shape."""
+        """Values that are trained of a student of that shape; 0 without adapters."""
         sizes = {name.split(".")[-2]: size for name, size in shape.layer_tensors().items() if "proj" in name}
-        return shape.num_hidden_layers * self.rank * sum(sum(sizes[target.value]) for target in self.targets)
+        adapters = shape.num_hidden_layers * self.rank * sum(sum(sizes[target.value]) for target in self.targets)
+        ends = [math.prod(size) for name, size in shape.tensors().items() if name in ENDS]
+        return adapters + (sum(ends) if self.embeddings else 0)
 
 
 def adapt(student: LlamaForCausalLM, config: LoraConfig, *, seed: int) -> None:
@@ -81,8 +88,8 @@ def adapt(student: LlamaForCausalLM, config: LoraConfig, *, seed: int) -> None:
     )
     peft.inject_adapter_in_model(settings, student, adapter_name=ADAPTER)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-        if is_adapter(name):
+        parameter.requires_grad_(is_trained(name, config))
+        if is_trained(name, config):
             parameter.data = parameter.data.float()
     for layer in student.modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -93,6 +100,11 @@ def adapt(student: LlamaForCausalLM, config: LoraConfig, *, seed: int) -> None:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
+
+
+def is_trained(name: str, config: LoraConfig) -> bool:
+    """Whether a parameter of that name is trained beside the weights that rest."""
+    return is_adapter(name) or (config.embeddings and name in ENDS)
 
 
 def _together(_: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

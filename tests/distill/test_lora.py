@@ -74,6 +74,24 @@ def test_the_parameters_counted_are_those_trained(targets: list[Projection]) -> 
     assert LoraConfig(rank=4, targets=targets).num_parameters(shape) == trained
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_trained_and_saved_beside_the_adapters(tied: bool, tmp_path: Path) -> None:
+    model = toy.model(1, tied=tied)
+    before = model.model.embed_tokens.weight.detach().clone()
+    config = LoraConfig(rank=4, embeddings=True)
+    lora.adapt(model, config, seed=3)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert {name for name in trained if not lora.is_adapter(name)} == ends
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert config.num_parameters(checkpoints.shape_of(model.config)) == counted
+    job = toy.go(tmp_path / "run", student=model, steps=4)
+    published = dict(job.engine.tensors())
+    assert not torch.equal(published["model.embed_tokens.weight"], before)
+    with checkpoints.safe_open(tmp_path / "run/checkpoints/step-4/weights.safetensors", "pt") as weights:
+        assert set(weights.keys()) == trained
+
+
 def test_only_adapters_move_and_only_they_are_saved(tmp_path: Path) -> None:
     job = toy.go(tmp_path / "run", student=toy.adapted(), steps=4)
     before = toy.model(1).state_dict()
@@ -161,6 +179,7 @@ def test_the_student_of_a_directory_gets_them_beside_resting_bfloat16_weights(tm
         ({"rank": 2, "targets": []}, "lora.targets must name"),
         ({"rank": 2, "targets": [Projection.q_proj, Projection.q_proj]}, "lora.targets must name"),
         ({"dropout": 0.1}, "need lora.rank"),
+        ({"embeddings": True}, "need lora.rank"),
     ],
     ids=str,
 )
