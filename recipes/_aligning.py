@@ -94,7 +94,7 @@ def encoded(config: AlignConfig, given: Given, *, held_out: int) -> dict[str, pr
         ValueError: there are none, or none fits.
     """
     if held_out:
-        given.data.need("validation", "pairs")
+        given.data.need("validation", "pairs", without="validation_pairs=0")
     pairs = {"train": given.data.pairs("train"), "validation": evenly(given.data.pairs("validation"), held_out)}
     return {
         split: preferences.encode(part, given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl")

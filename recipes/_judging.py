@@ -45,7 +45,7 @@ def encoded(config: Any, given: _aligning.Given) -> dict[str, reinforce.Prompts]
     """
     tasks = {"train": given.data.tasks("train")}
     if config.validation_tasks:
-        given.data.need("validation", "tasks")
+        given.data.need("validation", "tasks", without="validation_tasks=0")
         tasks["validation"] = evenly(given.data.tasks("validation"), config.validation_tasks)
     most = config.max_length - config.max_answer_tokens
     are_verified = config.reward.path is None and config.teacher.path is None

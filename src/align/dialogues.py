@@ -336,11 +336,12 @@ class DialogueData:
         file = self.path / f"{split}.{kind}.jsonl"
         return list(read(file, parse)) if file.is_file() else []
 
-    def need(self, split: str, kind: str) -> None:
-        """Raise ``ValueError`` unless the split has rows of that kind."""
+    def need(self, split: str, kind: str, without: str = "") -> None:
+        """Raise ``ValueError`` unless the split has rows of that kind; ``without`` says how to do without them."""
         if not self.count(split, kind):
             there = ", ".join(f"{entry['rows']} in {name}" for name, entry in self.manifest["files"].items())
-            raise ValueError(f"data.path={self.path} has no {split}.{kind}.jsonl; it has {there or 'nothing'}")
+            hint = f" ({without} does without)" if without else ""
+            raise ValueError(f"data.path={self.path} has no {split}.{kind}.jsonl; it has {there or 'nothing'}{hint}")
 
 
 def write_all(folder: Path, rows: Mapping[str, Mapping[str, Sequence[Row]]], extra: Mapping[str, Any]) -> list[str]:

@@ -86,6 +86,8 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert data.dialogues("validation") == []
     with pytest.raises(ValueError, match=r"has no validation.dialogues.jsonl; it has 1 in train.dialogues.jsonl"):
         data.need("validation", "dialogues")
+    with pytest.raises(ValueError, match=r"has no validation.pairs.jsonl; .* \(validation_pairs=0 does without\)"):
+        data.need("validation", "pairs", without="validation_pairs=0")
 
 
 def test_a_changed_row_is_noticed(tmp_path: Path) -> None:
