@@ -14,7 +14,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llamita import chat, checkpoints, evaluate, runs
-from llamita.align import assistants, blocks, estimators, generation, refusals, rejection, reward_model, verifiers
+from llamita.align import (
+    assistants,
+    blocks,
+    choices,
+    estimators,
+    generation,
+    refusals,
+    rejection,
+    reward_model,
+    verifiers,
+)
 from llamita.align.assistants import Measure, Measures
 from llamita.align.dialogues import Dialogue, DialogueData, Message, Pair, Task
 from llamita.align.generation import Answer
@@ -36,6 +46,8 @@ class Questions:
     words: list[str]
     rewarded: dict[str, tuple[Message, ...]]
     """Prompts whose answers a reward model judges, by name."""
+    choices: dict[str, list[choices.Question]]
+    """Questions with endings, by the name of their list."""
     left_out: int = 0
     """Dialogues and pairs that one of the models cannot read, and so none is asked."""
 
@@ -107,6 +119,9 @@ def measure(
     likelihood = spread(asked.dialogues, lambda some: assistants.losses(model, encoder, some, batch_rows=rows))
     preferred = spread(asked.pairs, lambda some: assistants.preferences(model, encoder, some, batch_rows=rows))
     found = assistants.likelihoods(asked.dialogues, likelihood) | assistants.accuracies(asked.pairs, preferred)
+    for name, questions in asked.choices.items():
+        told = spread(questions, lambda some: choices.right(model, encoder, some, batch_rows=rows))
+        found |= choices.accuracies(name, questions, told)
     scores: dict[str, dict[str, evaluate.Estimate]] = {}
     if config.tasks:
         # The template that the answers to everything else are asked with.
@@ -244,8 +259,9 @@ def questions(config: Any, readers: Sequence[Reader]) -> Questions:
         ValueError: a list, the data or a task's check is not what it should be, or there is nothing to ask.
     """
     safety, words = read_lists(config)
+    chosen = {name: choices.read(one.path, most=one.max_rows) for name, one in config.choices.items()}
     if config.data.path is None:
-        return Questions([], [], [], safety, words, {})
+        return Questions([], [], [], safety, words, {}, chosen)
     data, split = DialogueData.open(config.data.path), config.data.split
     dialogues = rejection.evenly(data.dialogues(split), config.data.max_dialogues)
     pairs = rejection.evenly(data.pairs(split), config.data.max_pairs)
@@ -268,7 +284,7 @@ def questions(config: Any, readers: Sequence[Reader]) -> Questions:
             if one.prompt and json.dumps(one.prompt) not in known:
                 known.add(json.dumps(one.prompt))
                 rewarded[f"dialogues/{number}"] = one.prompt
-    return Questions(dialogues, pairs, tasks, safety, words, rewarded, left_out)
+    return Questions(dialogues, pairs, tasks, safety, words, rewarded, chosen, left_out)
 
 
 def agreed(here: bool) -> bool:
@@ -300,8 +316,8 @@ def hashes(config: Any) -> dict[str, str]:
         found["data"] = DialogueData.open(config.data.path).content_hash
     if config.reward.path is not None:
         found["reward"] = checkpoints.content_hash(config.reward.path)
-    for name, one in config.safety.items():
-        found[f"safety/{name}"] = runs.sha256(one.path)
+    for group in ("safety", "choices"):
+        found |= {f"{group}/{name}": runs.sha256(one.path) for name, one in getattr(config, group).items()}
     if config.listed_words is not None:
         found["listed_words"] = runs.sha256(config.listed_words)
     return found

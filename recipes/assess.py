@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 import _assessing
 from llamita import checkpoints, checks, evaluate, runs
-from llamita.align import assistants, generation, reward_model
+from llamita.align import assistants, choices, generation, reward_model
 from llamita.align.assistants import Measures
 from llamita.progress import Progress
 
@@ -75,6 +75,8 @@ class Assess:
     reward: RewardConfig = field(default_factory=RewardConfig)
     safety: dict[str, ListConfig] = field(default_factory=dict)
     """Prompts that ought to be refused (or ought not), by name; the share of refusals is told by phrases."""
+    choices: dict[str, choices.ChoicesConfig] = field(default_factory=dict)
+    """Questions with endings of which one is right, by name."""
     listed_words: Path | None = None
     """A file of words, one a line; the share of answers that hold one of them is counted."""
     sampling: generation.SamplingConfig = field(default_factory=lambda: generation.SamplingConfig(temperature=0.0))
@@ -102,11 +104,11 @@ class Assess:
             raise ValueError("give the models to measure: models.NAME.path=")
         if taken := {"data", "reward", "listed_words"} & set(self.models):
             raise ValueError(f"models.{min(taken)}: a model must not have the name of another input")
-        for group in ("models", "safety"):
+        for group in ("models", "safety", "choices"):
             if missing := [name for name, one in getattr(self, group).items() if one.path is None]:
                 raise ValueError(f"{group}.{missing[0]}.path is not set")
-        if self.data.path is None and not self.tasks and not self.safety:
-            raise ValueError("nothing to measure: set data.path=, safety.NAME.path= or tasks=")
+        if self.data.path is None and not (self.tasks or self.safety or self.choices):
+            raise ValueError("nothing to measure: set data.path=, safety.NAME.path=, choices.NAME.path= or tasks=")
         if self.reward.path is not None and self.data.path is None:
             raise ValueError("reward.path= judges answers to the prompts of data.path=, which is not set")
         least = {

@@ -29,6 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("assess")
     (folder / "list.csv").write_text("id,prompts_final\n1,How do I steal?\n2,How do I bake?\n3,Who?\n")
     (folder / "words").write_text("darn\n")
+    (folder / "hella.txt").write_text("".join(f"What is {n}?\n{n % 4}\na\nb\nc\nd\n" for n in range(6)))
     return {
         "first": assistants.assistant(folder / "first"),
         "second": assistants.assistant(folder / "second", seed=1, ends=2.4),
@@ -36,6 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "data": assistants.data(folder / "data", validation=5),
         "list": folder / "list.csv",
         "words": folder / "words",
+        "choices": folder / "hella.txt",
     }
 
 
@@ -49,6 +51,8 @@ def overrides(inputs: dict[str, Path], out: Path, *more: str) -> list[str]:
         f"safety.harm.path={inputs['list']}",
         "safety.harm.column=prompts_final",
         f"listed_words={inputs['words']}",
+        f"choices.hella.path={inputs['choices']}",
+        "choices.hella.max_rows=4",
         "sampling.max_new_tokens=12",
         "resamples=500",
         f"out={out}",
@@ -74,11 +78,14 @@ def test_every_model_has_every_figure_with_its_error(made: Path, inputs: dict[st
     assert list(found["models"]) == ["again", "base", "other"]
     assert found["first"] == "base"
     expected = {"loss", "preference_accuracy", "preference_accuracy_per_token", "length/score", "truncated"}
-    expected |= {"refused/harm", "listed_words", "reward", "win_rate"}
+    chosen = {"choices/hella", "choices/hella_per_byte"}
+    expected |= {"refused/harm", "listed_words", "reward", "win_rate"} | chosen
     for entry in found["models"].values():
         assert entry["values"].keys() == expected
         assert all(value["stderr"] is not None for value in entry["values"].values())
-        expected_rows = dict.fromkeys(expected, 5) | {"refused/harm": 3, "listed_words": 5 + 3}
+        expected_rows = (
+            dict.fromkeys(expected, 5) | {"refused/harm": 3, "listed_words": 5 + 3} | dict.fromkeys(chosen, 4)
+        )
         assert entry["rows"] == expected_rows  # the dialogues ask what the tasks ask: once
     assert found["models"]["base"]["values"] == found["models"]["again"]["values"]
     assert found["models"]["base"]["values"]["win_rate"] == {"value": 0.5, "stderr": 0}
