@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,17 +12,15 @@ from accelerate import Accelerator
 import dpo
 import rl
 from llamita import runs
-from llamita.align import watch
+from llamita.align import verifiers, watch
 from llamita.align.dpo_trainer import PairTrainer
 from llamita.distill import launch
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 Accelerator.end_training = lambda _: None  # the next run needs the same processes
 listen, loss_of = watch.Watch.on_step_end, PairTrainer._compute_loss
-verifiers: Any = ModuleType("llamita.align.verifiers")
 verifiers.validate = lambda check: None
 verifiers.check = lambda check, answer: sum(c.isascii() and c.isalpha() for c in answer) / max(1, len(answer))
-sys.modules["llamita.align.verifiers"] = verifiers
 
 
 def settings(name: str, stage: int, **more: Any) -> dict[str, Any]:
