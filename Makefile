@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 
 # Where the fault tests write what became of each fault, and from where their table is made.
 FAULT_REPORT ?= $(CURDIR)/.faults.jsonl
-# Tests at a time. Those of one file stay together, because they share what is slow to make.
-WORKERS ?= 2
+# Tests at a time: many wait for processes that they start. Those of one file stay together, because they share what is
+# slow to make.
+WORKERS ?= 3
 
 RUNS ?= outputs
 
