@@ -14,8 +14,8 @@ from llamita import checks, estimate, runs
 from llamita.align.dialogues import SPLITS
 from llamita.data.tokens import num_cores
 from llamita.distill import fused, loop
-from llamita.distill.launch import Precision
 from llamita.distill.lora import LoraConfig
+from llamita.precision import Precision
 from llamita.shapes import LlamaShape
 
 ASSUMED_ROWS = 10_000

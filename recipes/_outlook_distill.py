@@ -13,8 +13,8 @@ import _ways
 from _world import Outlook, Rows, World, same_tokens, split_of
 from llamita import checkpoints, checks, estimate, runs
 from llamita.distill import cache_format, capture, fused, loop
-from llamita.distill.launch import Precision
 from llamita.distill.teachers import Attention
+from llamita.precision import Precision
 from llamita.shapes import PUBLISHED, SIZES, LlamaShape
 
 

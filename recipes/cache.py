@@ -20,9 +20,10 @@ from omegaconf import MISSING
 
 from _recording import Inputs, costs, teacher_of
 from llamita import evaluate, preflight, runs
-from llamita.distill import cache, capture, launch, teachers
+from llamita.distill import cache, capture, teachers
 from llamita.distill.cache import Identity
 from llamita.distill.state import agree_sum
+from llamita.precision import Precision
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class TeacherConfig(teachers.PlacementConfig):
     """The model that is run."""
 
     path: Path = MISSING
-    precision: launch.Precision = launch.Precision.auto
+    precision: Precision = Precision.auto
     attention: teachers.Attention = teachers.Attention.sdpa
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from llamita import chat
-from llamita.data import sources, tokens
+from llamita import chat, stdlib
+from llamita.data import tokens
 from llamita.prune.vocabulary import Counts, count
 
 TEMPLATE = (
@@ -24,7 +24,7 @@ RESERVED = [f"<|reserved_special_token_{index}|>" for index in range(4)]
 @cache
 def corpus() -> str:
     """Half a megabyte of real text and code."""
-    files = [file.read_text(encoding="utf-8") for file in sources.stdlib_files()[:40]]
+    files = [file.read_text(encoding="utf-8") for file in stdlib.files()[:40]]
     return "\n".join(files)[: 2**19]
 
 

@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import re
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 import zstandard
 
-from llamita import hub
+from llamita import hub, stdlib
 from llamita.align.dialogues import SPLITS, DialogueData, Message
 
 
@@ -366,21 +365,16 @@ def _stage(path: Path) -> Iterator[Raw]:
                 yield Raw(row.id, kind, row.row(), split=split)
 
 
-LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-
-
 def functions(demand: Demand = Demand.signature) -> Iterator[Raw]:
     """Dialogues about the functions of the standard library that have a docstring, in the order of a hash.
 
     Each function gives two dialogues, source to docstring and docstring to source, and a task of the second. The order
     of a hash makes the first ``max_rows`` a fair sample.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts[:-1]))
-    found = [(path, function) for path in sorted(files) for function in _documented(path)]
+    found = [(path, function) for path in stdlib.files() for function in _documented(path)]
     found.sort(key=lambda pair: _order(pair[1].source))
     for path, function in found:
-        yield from _about(f"{path.relative_to(root)}:{function.line}", function, demand)
+        yield from _about(f"{path.relative_to(stdlib.root())}:{function.line}", function, demand)
 
 
 def _order(text: str) -> int:

@@ -17,9 +17,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,23 +26,9 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llamita import runs
+from llamita.precision import Precision
 
 log = logging.getLogger(__name__)
-
-
-class Precision(StrEnum):
-    """The arithmetic of the layers; trained weights and the optimiser's states are float32 always."""
-
-    auto = "auto"
-    """bfloat16 on a GPU, float32 on a CPU."""
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The torch dtype that it means on ``device``."""
-        if self is Precision.auto:
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cast(torch.dtype, getattr(torch, self.value))
 
 
 @dataclass(kw_only=True)

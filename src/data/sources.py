@@ -9,8 +9,6 @@ import io
 import itertools
 import json
 import logging
-import os
-import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from llamita import hub
+from llamita import hub, stdlib
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,6 @@ SUFFIXES = {
 COMPRESSED = (".gz", ".zst")
 LARGEST_DOCUMENT = 2**30
 """Bytes of one document. What is larger is a corpus in a single file, which no machine's memory need hold."""
-STDLIB_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(kw_only=True)
@@ -108,7 +105,7 @@ def resolve(name: str, config: SourceConfig) -> Source:
     """
     setting = f"source {name!r}: path={config.path}"
     if config.kind is Kind.python_stdlib:
-        return Source(name=name, kind=config.kind, config=config, files=tuple(stdlib_files()))
+        return Source(name=name, kind=config.kind, config=config, files=tuple(stdlib.files()))
     if config.path is None:
         raise ValueError(f"source {name!r} has no path; set it, or kind=python_stdlib which needs none")
     path = Path(config.path).expanduser()
@@ -159,18 +156,6 @@ def _kind_of(files: list[Path], setting: str, *, default: Kind | None) -> Kind:
         f"{setting} has an unknown suffix ({files[0].name}); known are {known}, also with .gz or .zst: "
         "else set the source's kind"
     )
-
-
-def stdlib_files() -> list[Path]:
-    """Source files of the running interpreter's standard library, sorted by their path inside it."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT and not name.startswith("config-")]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise ValueError(f"kind=python_stdlib: {root} holds no source files (is the library in a zip archive?)")
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
 def documents(source: Source, *, allow_network: bool = False) -> Iterator[str]:

@@ -8,8 +8,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,21 +16,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 
 from llamita import runs
 from llamita.distill.teachers import Attention
-
-
-class Precision(StrEnum):
-    """The arithmetic of the student's layers; weights of the optimiser are float32 always."""
-
-    auto = "auto"
-    """bfloat16 on a GPU, float32 on a CPU."""
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The torch dtype that it means on ``device``."""
-        if self is Precision.auto:
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cast(torch.dtype, getattr(torch, self.value))
+from llamita.precision import Precision
 
 
 @dataclass(kw_only=True)

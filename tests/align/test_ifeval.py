@@ -140,7 +140,7 @@ def test_sentences_end_where_a_reader_ends_them() -> None:
 
 
 def test_every_published_prompt_is_a_valid_check() -> None:
-    file = Path("/work/shared/data/ifeval/en_input_data.jsonl")
+    file = Path(__file__).resolve().parents[3] / "shared/data/ifeval/en_input_data.jsonl"
     if not file.is_file():
         pytest.skip("IFEval's input data is not on this machine")
     kinds = set()

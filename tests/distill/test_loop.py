@@ -19,6 +19,7 @@ from llamita import checkpoints, runs
 from llamita.distill import engines, launch, losses, speed
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
+from llamita.precision import Precision
 
 
 def losses_of(out: Path, name: str = "train/loss") -> dict[int, float]:
@@ -170,7 +171,7 @@ def test_bfloat16_keeps_float32_weights_and_stays_near(
     seen: set[torch.dtype] = set()
     student = toy.model(1)
     student.model.layers[0].mlp.gate_proj.register_forward_hook(lambda _m, _i, output: seen.add(output.dtype))
-    job = toy.go(tmp_path / "run", student=student, precision=launch.Precision.bfloat16)
+    job = toy.go(tmp_path / "run", student=student, precision=Precision.bfloat16)
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in toy.weights(job.engine).values()} == {torch.float32}
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(whole[0]), rel=0.02)
@@ -408,13 +409,13 @@ def test_what_deepspeed_must_not_be_told_is_refused(stage: int, config: dict[str
         ({"compile": True}, 2, False, "compile=true does not go with deepspeed"),
         ({"attention": Attention.flash_attention_2}, 0, False, "needs a GPU"),
         (
-            {"attention": Attention.flash_attention_2, "precision": launch.Precision.float32},
+            {"attention": Attention.flash_attention_2, "precision": Precision.float32},
             0,
             True,
             "needs precision=bfloat16, got float32",
         ),
         (
-            {"attention": Attention.flash_attention_2, "precision": launch.Precision.bfloat16},
+            {"attention": Attention.flash_attention_2, "precision": Precision.bfloat16},
             0,
             True,
             "needs the package flash-attn",

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
-from llamita.distill import hidden, launch, lora, losses, optim, student
+from llamita.distill import hidden, lora, losses, optim, student
 from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
+from llamita.precision import Precision
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -322,7 +323,7 @@ def test_every_option_of_the_loss_reaches_the_run(
                 loss=losses.LossConfig(divergence=kind, chunk_mebibytes=1),
                 steps=1,
                 validation_rows=0,
-                precision=launch.Precision.float32,
+                precision=Precision.float32,
                 keep_checkpoints=0,
             )
         )

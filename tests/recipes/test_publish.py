@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import invented
 from llamita import checkpoints, runs
-from llamita.distill import launch, optim, student
+from llamita.distill import optim, student
 from llamita.distill.lora import LoraConfig
+from llamita.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def trained(recipe: Callable[[str], ModuleType], data: Path) -> Path:
             micro_batch_rows=4,
             checkpoint_every=2,
             validation_rows=4,
-            precision=launch.Precision.bfloat16,
+            precision=Precision.bfloat16,
             optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=1),
             out=out,
         )
@@ -99,7 +100,7 @@ def adapted(module: ModuleType, base: Path, data: Path, out: Path) -> Path:
             global_batch_rows=4,
             micro_batch_rows=4,
             validation_rows=0,
-            precision=launch.Precision.bfloat16,
+            precision=Precision.bfloat16,
             optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=1),
             out=out,
         )

@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 from llamita import checkpoints, runs
 from llamita.distill import sharded
-from llamita.distill.launch import DeepSpeedConfig, Precision
+from llamita.distill.launch import DeepSpeedConfig
 from llamita.distill.losses import TeacherStates
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher, document_mask
+from llamita.precision import Precision
 
 torch.set_num_threads(1)
 faulthandler.dump_traceback_later(float(os.environ.get("TOY_TIMEOUT", "500")), exit=True)

@@ -21,6 +21,7 @@ from llamita import runs
 from llamita.distill import engines, hidden, launch, loop, lora, optim
 from llamita.distill.losses import IGNORE, LossConfig
 from llamita.distill.teachers import ResidentTeacher
+from llamita.precision import Precision
 
 VOCABULARY = 48
 
@@ -130,7 +131,7 @@ def settings(**overrides: Any) -> loop.LoopConfig:
         "micro_batch_rows": 8,
         "checkpoint_every": 2,
         "validation_every": 3,
-        "precision": launch.Precision.float32,
+        "precision": Precision.float32,
     }
     return loop.LoopConfig(**{**fields, **overrides})
 
