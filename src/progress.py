@@ -138,6 +138,7 @@ class TrainingProgress(Progress):
         """Lines come with the facts."""
 
     def _panel(self) -> Any:
+        from rich.columns import Columns
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
@@ -151,11 +152,8 @@ class TrainingProgress(Progress):
         told = f"step {self._completed:,} of {self.total:,}, {duration(time.monotonic() - self._started)} gone"
         told += "" if left is None else f", {duration(left)} left"
         bar.add_row(ProgressBar(total=self.total, completed=self._completed), Text(told))
-        facts = Table.grid(padding=(0, 3))
-        for _ in self._facts:
-            facts.add_column(justify="right", no_wrap=True)
-        facts.add_row(*(Text(name, style="dim") for name in self._facts))
-        facts.add_row(*(Text(value, style="bold") for value in self._facts.values()))
+        cells = (Text(f"{name}\n", "dim").append(value, "not dim bold") for name, value in self._facts.items())
+        facts = Columns(cells, padding=(0, 3))  # as many side by side as the terminal is wide
         return Panel(Group(bar, facts) if self._facts else bar, title=Text(self.name), title_align="left")
 
 

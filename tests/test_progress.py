@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from llamita import progress
 from llamita.progress import Progress, TrainingProgress
@@ -38,6 +40,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
         monkeypatch.setenv(name, value)
     for name in ("NO_COLOR", "LLAMITA_PROGRESS", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    # datasets puts a copy in the place of os.environ behind a map over several processes; rich keeps the old one.
+    monkeypatch.setattr(Console, "_environ", os.environ)
     return Terminal()
 
 
@@ -64,6 +68,18 @@ def test_a_terminal_shows_one_panel_with_every_fact(terminal: Terminal, capsys: 
     assert dict(zip(names, values, strict=True)) == {**FACTS, "step of the facts": "4"}
     assert picture[4].startswith("╰")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_a_narrow_terminal_shows_the_facts_below_each_other_and_cuts_none(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    train(terminal)
+    picture = last_picture(terminal)
+    assert {len(line) for line in picture} == {columns}
+    for text in [*FACTS, *FACTS.values(), "step of the facts"]:
+        assert any(text in line for line in picture), text
 
 
 def test_a_log_has_one_plain_line_for_each_time_that_the_run_logs(capsys: pytest.CaptureFixture[str]) -> None:
