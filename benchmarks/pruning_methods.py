@@ -209,9 +209,16 @@ def _width(score: WidthScore) -> Cut:
 
 
 OFF = CompensationConfig(
-    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+    gains=False,
+    readers=False,
+    values=False,
+    attention_steps=0,
+    writers=False,
+    layer_steps=0,
+    head_steps=0,
+    tied_steps=0,
 )
-CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0)
+CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0, tied_steps=0)
 REFIT = dataclasses.replace(OFF, writers=True, prefix=Prefix.whole)
 NORM_PRODUCT: dict[str, Any] = {"mlp": WidthScore.norm_product, "attention": WidthScore.norm_product}
 
@@ -238,6 +245,7 @@ def compensated() -> Iterator[Method]:
         "writers": False,
         "layer_steps": 0,
         "head_steps": 0,
+        "tied_steps": 0,
     }
     for part, off in parts.items():
         lacking = ours(dataclasses.replace(CompensationConfig(), **{part: off}))

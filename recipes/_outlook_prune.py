@@ -52,6 +52,7 @@ def prune(config: Any, world: World, outlook: Outlook) -> None:
             mended=mended,
             layer_steps=config.compensation.layer_steps,
             head_steps=config.compensation.head_steps,
+            tied_steps=config.compensation.tied_steps,
         )
     outlook.memory = estimate.prune_memory(
         source,

@@ -353,7 +353,8 @@ def prune_memory(
 
     With ``second_order`` the covariance of a layer's units, its inverse, the Gram matrix of their outputs and what is
     compacted of them are held in float64; a ``mended`` layer has float32 weights, gradients, two moments and a copy of
-    its start, and the states of both streams before, inside and behind it.
+    its start, and the states of both streams before, inside and behind it. So has the output matrix in the end, beside
+    the whole model's; a tied one is fitted through all layers, which lie there as they are stored.
 
     The passes follow each other: calibration holds a layer and the widest moment of one batch in it, surgery a layer
     before and after, the new embedding and the shard that is being filled. The larger pass is the peak; the hidden
@@ -372,6 +373,12 @@ def prune_memory(
         "mending: least squares": float(mended * 3 * 8 * target.intermediate_size**2),
         "mending: one batch": float(
             mended * batch_tokens * 16 * (2 * target.hidden_size + 4 * target.intermediate_size)
+        ),
+        "mending: output matrices": float(
+            mended * (target.output_rows or target.vocab_size) * (compute_bytes * hidden + 5 * 4 * target.hidden_size)
+        ),
+        "mending: all layers, for a tied matrix": float(
+            mended * target.tie_word_embeddings * stored_bytes * target.num_hidden_layers * target.layer_parameters
         ),
         "mending: states of both streams": float(
             mended * tokens * (compute_bytes * hidden + 3 * 4 * target.hidden_size)
@@ -401,11 +408,13 @@ def prune_flops(
     mended: bool = False,
     layer_steps: int = 0,
     head_steps: int = 0,
+    tied_steps: int = 0,
 ) -> dict[str, float]:
     """Operations of scoring on text, of mending on it, and of the losses of the results on it.
 
     Elimination inverts and empties one matrix of all units of a layer; greedy removal runs, in each round, the rest of
-    the model behind each layer that is left; a step runs a batch forward and backward.
+    the model behind each layer that is left; a step runs a batch forward and backward, and one of a tied matrix runs
+    all layers forward once more.
     """
     whole, cut = (shape.forward_flops_per_token(row_tokens / 2) for shape in (source, target))
     units, kept, depth = float(source.intermediate_size), float(target.intermediate_size), source.num_hidden_layers
@@ -421,7 +430,8 @@ def prune_flops(
         flops["mending, forward"] = tokens * (whole + 4 * cut)
         flops["mending, least squares"] = target.num_hidden_layers * squares
         steps = layer_steps * cut + head_steps * (cut / target.num_hidden_layers + head)
-        flops["mending, steps"] = 3.0 * batch_tokens * steps
+        tied = target.tie_word_embeddings * tied_steps * (4 * cut - head)
+        flops["mending, steps"] = batch_tokens * (3.0 * steps + tied)
     return flops | {"losses, forward": tokens * (whole + (1 + mended) * cut)}
 
 

@@ -244,7 +244,7 @@ def test_pruning_without_text_takes_no_operations() -> None:
 def test_elimination_and_mending_are_counted_where_they_are_asked_for() -> None:
     plain = {"tokens": 2**18, "row_tokens": 2048, "batch_tokens": 2**14}
     least = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain)
-    steps = {"layer_steps": 200, "head_steps": 200}
+    steps = {"layer_steps": 200, "head_steps": 200, "tied_steps": 0}
     most = estimate.prune_flops(
         LLAMA_8B, LLAMA_1B, **plain, second_order=True, greedy_rounds=16, depth_tokens=2**14, mended=True, **steps
     )
@@ -252,6 +252,13 @@ def test_elimination_and_mending_are_counted_where_they_are_asked_for() -> None:
     # A step is a batch forward and backward through every layer of the small model: three times its forward pass.
     cut = LLAMA_1B.forward_flops_per_token(1024)
     assert most["mending, steps"] > 3 * 200 * 2**14 * cut
+    # One of a matrix that is input and output runs each layer once more.
+    tied = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain, mended=True, tied_steps=200)
+    without = LLAMA_1B.forward_flops_per_token(1024, head=False)
+    assert tied["mending, steps"] == pytest.approx(200 * 2**14 * (3 * cut + without))
+    untied = dataclasses.replace(LLAMA_1B, tie_word_embeddings=False)
+    none = estimate.prune_flops(LLAMA_8B, untied, **plain, mended=True, tied_steps=200)
+    assert none["mending, steps"] == 0
     # The first round of greedy removal runs half the model behind each of 32 layers, 16.5 whole passes.
     one = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain, greedy_rounds=1, depth_tokens=2**14)
     passes = one["calibration, greedy removal"] / (2**14 * LLAMA_8B.forward_flops_per_token(1024))

@@ -64,6 +64,7 @@ stages:
       - target.intermediate_size=32
       - compensation.layer_steps=0
       - compensation.head_steps=0
+      - compensation.tied_steps=0
       - compensation.attention_steps=0
   cache:
     recipe: cache

@@ -818,10 +818,13 @@ def test_what_mending_bought_is_drawn_where_something_was_mended(tmp_path: Path)
     write_plan(path, BIG, SMALL)
     assert "mended-pruned" not in Reader(drawn({"pruned": path}, tmp_path / "plain")).ids
     rows = [{"prune/error/start": 0.3, "prune/error/refit": 0.2, "prune/seconds/closed_forms": 2.0} for _ in range(2)]
+    behind = {"prune/divergence/start": 0.9, "prune/divergence/tied": 0.625, "prune/seconds/tied": 7.0}
     with (path / "metrics.jsonl").open("a") as file:
         file.writelines(
-            json.dumps({"step": layer, "time": 0.0, "restart": 0, **row}) + "\n" for layer, row in enumerate(rows)
+            json.dumps({"step": layer, "time": 0.0, "restart": 0, **row}) + "\n"
+            for layer, row in enumerate([*rows, behind])
         )
     text = drawn({"pruned": path}, tmp_path / "mended")
     assert "mended-pruned" in Reader(text).ids
-    assert "the closed forms 4 s" in text.lower()
+    assert "the closed forms 4 s, those on the shared matrix 7 s." in text
+    assert "as mended by layers 0.900, those on the shared matrix 0.625." in text

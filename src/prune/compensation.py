@@ -33,6 +33,8 @@ class CompensationConfig:
     """Steps of all of a layer's weights on the squared error of its output."""
     head_steps: int = 200
     """Steps of the last layer, the final norm and an untied head on the divergence of the next-token distributions."""
+    tied_steps: int = 200
+    """Where input and output matrix are one: steps of it and the final norm on the same, through all layers."""
     prefix: Prefix = Prefix.cut
     ridge: float = 1e-4
     """Damping of least squares, in means of the inputs' second moments."""
@@ -40,7 +42,7 @@ class CompensationConfig:
     """Of all steps: how far a tensor moves at the peak, in units of its own root mean square."""
 
     def __post_init__(self) -> None:
-        for name in ("attention_steps", "layer_steps", "head_steps"):
+        for name in ("attention_steps", "layer_steps", "head_steps", "tied_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"compensation.{name} must be at least 0, got {getattr(self, name)}")
         for name in ("ridge", "learning_rate"):
@@ -51,4 +53,4 @@ class CompensationConfig:
     def wanted(self) -> bool:
         """Whether anything is mended."""
         switches = (self.gains, self.readers, self.values, self.writers)
-        return any(switches) or bool(self.attention_steps or self.layer_steps or self.head_steps)
+        return any(switches) or any((self.attention_steps, self.layer_steps, self.head_steps, self.tied_steps))

@@ -7,6 +7,7 @@ V = vocabulary, or the output rows that are left of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -24,71 +25,83 @@ CHUNK_BYTES = 2**28
 """Of one chunk's logits."""
 
 
+@dataclass
+class Final:
+    """What comes behind the last layer of a cut model."""
+
+    norm: LlamaRMSNorm
+    matrix: Tensor
+    """[V, d], in memory of its own; where it is tied it is the input matrix too."""
+    divergences: dict[str, float]
+    """Mean KL(whole || cut) over the held-out batches' tokens, in nats: ``start``, and after each kind of steps."""
+
+
 def fit(
     streams: Streams, layer: LlamaDecoderLayer, before: Sequence[Tensor], config: CompensationConfig, *, seed: int
-) -> tuple[LlamaRMSNorm, Tensor | None]:
-    """The final norm and, untied, the head [V, d] of the cut model; ``layer``, the last, may change.
+) -> Final:
+    """The final norm and, untied, the head of the cut model; ``layer``, the last, may change.
 
     ``before`` is the cut stream before ``layer``, and ``streams`` are behind it. First the norm's gain and the least
     squares map that the head reads through, as for the readers of every norm; then steps on KL(whole || cut).
     """
     pruned, device = streams.pruned, streams.device
-    source = final_norm(pruned.model, streams.dtype, device)
     norm = final_norm(pruned, streams.cut_dtype, device)
-    whole_head = take(pruned.model.head(), pruned.plan.output_rows, None).to(device=device, dtype=streams.dtype)
+    objective = Divergence(streams)
     if config.gains:
-        gain = measured_gain(streams, streams.whole, streams.cut, source.variance_epsilon)
+        gain = measured_gain(streams, streams.whole, streams.cut, objective.source.variance_epsilon)
         norm.weight.mul_(gain / float(pruned.plan.norm_gain[-1]))
     if config.readers and not pruned.shape.tie_word_embeddings:
-        seen_Dd = reading(streams, streams.whole, streams.cut, source, norm, config.ridge)
-        head = whole_head.to(streams.cut_dtype) @ seen_Dd
+        seen_Dd = reading(streams, streams.whole, streams.cut, objective.source, norm, config.ridge)
+        head = objective.head.to(streams.cut_dtype) @ seen_Dd
     else:  # in memory of its own: what is not cut lies in the source's file
         head = pruned.head().to(device=device, dtype=streams.cut_dtype, copy=True)
+    final = Final(norm, head, {})
     if config.head_steps:
         parameters: dict[str, Tensor] = {**dict(layer.named_parameters()), "norm": norm.weight}
         if not pruned.shape.tie_word_embeddings:
             parameters["head"] = head
-        objective = _Divergence(streams, source, whole_head, layer, before, norm, head)
-        tune(
+
+        def behind_the_last_layer(batch: int, learn: bool) -> tuple[Tensor, int]:
+            states_BSd = streams.cut_runner.layer(layer, before[batch].to(device), streams.positions[batch])
+            return objective(batch, states_BSd, final, learn)
+
+        tuned = tune(
             parameters,
-            objective,
+            behind_the_last_layer,
             batches=len(before),
             steps=config.head_steps,
             learning_rate=config.learning_rate,
             seed=seed,
         )
-    return norm, None if pruned.shape.tie_word_embeddings else head
+        final.divergences = {"start": tuned.before, "head": min(tuned.before, tuned.after)}
+    return final
 
 
-class _Divergence:
-    """Sum over tokens of KL(whole || cut), a chunk of tokens' logits at a time."""
+class Divergence:
+    """Sum over tokens of KL(whole || cut) of the next-token distributions, a chunk of tokens' logits at a time."""
 
-    def __init__(
-        self,
-        streams: Streams,
-        source: LlamaRMSNorm,
-        whole_head: Tensor,
-        layer: LlamaDecoderLayer,
-        before: Sequence[Tensor],
-        norm: LlamaRMSNorm,
-        head: Tensor,
-    ) -> None:
-        self._streams, self._source, self._whole_head = streams, source, whole_head
-        self._layer, self._before, self._norm, self._head = layer, before, norm, head
+    def __init__(self, streams: Streams) -> None:
+        pruned = streams.pruned
+        self._streams = streams
+        self.source = final_norm(pruned.model, streams.dtype, streams.device)
+        rows = take(pruned.model.head(), pruned.plan.output_rows, None)
+        self.head = rows.to(device=streams.device, dtype=streams.dtype)
+        """The whole model's output matrix [V, D]."""
 
-    def __call__(self, batch: int, learn: bool) -> tuple[Tensor, int]:
-        streams = self._streams
-        mask_BS = streams.masks[batch]
-        wanted_TD = self._source(streams.whole[batch].to(streams.device)[mask_BS])
-        states_BSd = self._before[batch].to(streams.device)
-        written_BSd = streams.cut_runner.layer(self._layer, states_BSd, streams.positions[batch])
-        read_Td = self._norm(written_BSd[mask_BS])
+    def __call__(self, batch: int, states_BSd: Tensor, final: Final, learn: bool) -> tuple[Tensor, int]:
+        """The sum for the cut model's states behind its last layer, and the number of tokens.
+
+        To ``learn`` is to add the gradients to all that the states were made of, and to the matrix.
+        """
+        mask_BS = self._streams.masks[batch]
+        wanted_TD = self.source(self._streams.whole[batch].to(self._streams.device)[mask_BS])
+        read_Td = final.norm(states_BSd[mask_BS])
         cut_Td = read_Td.detach().requires_grad_(learn)
         total = cut_Td.new_zeros((), dtype=torch.float64)
-        for chunk in torch.split(torch.arange(len(cut_Td)), max(1, CHUNK_BYTES // (4 * len(self._head)))):
+        for chunk in torch.split(torch.arange(len(cut_Td)), max(1, CHUNK_BYTES // (4 * len(final.matrix)))):
             with torch.no_grad():
-                whole_TV = functional.linear(wanted_TD[chunk], self._whole_head).float().log_softmax(-1)
-            cut_TV = functional.linear(cut_Td[chunk], self._head).float().log_softmax(-1)
+                whole_TV = functional.linear(wanted_TD[chunk], self.head).float().log_softmax(-1)
+            cut_TV = functional.linear(cut_Td[chunk], final.matrix).float().log_softmax(-1)
             part = functional.kl_div(cut_TV, whole_TV, reduction="sum", log_target=True)
             if learn:
                 torch.autograd.backward(part)

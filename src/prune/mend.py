@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita import checkpoints, faults, runs
-from llamita.prune import halves, head
+from llamita.prune import halves, head, tie_steps
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.halves import ATTENTION, MLP, Fit
 from llamita.prune.stream import Batch, summed
@@ -55,13 +55,19 @@ class Mended:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name that belongs to no layer."""
-        if name == "lm_head.weight":
-            return self.head()
-        return self._final["norm"] if name == "model.norm.weight" else self.pruned[name]
+        match name:
+            case "model.norm.weight":
+                return self._final["norm"]
+            case "lm_head.weight":
+                return self.head()
+            case "model.embed_tokens.weight" if self.shape.tie_word_embeddings:
+                return self.head()
+            case _:
+                return self.pruned[name]
 
     def head(self) -> Tensor:
         """The output matrix."""
-        return self._final["head"] if "head" in self._final else self.pruned.head()
+        return self._final["matrix"]
 
 
 def layer_file(folder: Path, index: int) -> Path:
@@ -74,7 +80,9 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
 
     ``error/...`` is the squared error of the stream behind the layer relative to its square: of the layer ``start`` as
     the plan makes it, after the closed forms (``refit``) and after the steps (``tuned``), each from the same input.
-    ``seconds/...`` is what reading and writing, and the steps, took.
+    ``seconds/...`` is what reading and writing, and the steps, took. Behind the last layer ``divergence/...`` is KL to
+    the whole model's next-token distributions in nats per held-out token: at the ``start`` of the steps there, after
+    those of the last layer, norm and ``head``, and after those of a ``tied`` matrix.
     """
     files = [*(layer_file(folder, index) for index in range(layers)), folder / FINAL]
     found: list[dict[str, float]] = [json.loads(checkpoints.read_tensors(file)[1]["record"]) for file in files]
@@ -128,12 +136,20 @@ def mend(
             _store(layer_file(folder, index), _stored(layer, pruned.dtype), record)
         watch(index + 1)
     started = time.monotonic()
-    norm, matrix = head.fit(streams, layer, before, config, seed=seed)
-    tensors = {f"layer.{name}": tensor for name, tensor in _stored(layer, pruned.dtype).items()}
-    tensors["norm"] = norm.weight.to(pruned.dtype)
-    if matrix is not None:
-        tensors["head"] = matrix.to(pruned.dtype)
-    _store(folder / FINAL, tensors, {"seconds/head": time.monotonic() - started})
+    final = head.fit(streams, layer, before, config, seed=seed)
+    record = {"seconds/head": time.monotonic() - started}
+    last = _stored(layer, pruned.dtype)
+    if pruned.shape.tie_word_embeddings and config.tied_steps:
+        started = time.monotonic()
+        if distributed.is_initialized():  # the layers that the first process stored
+            distributed.barrier()
+        others = [checkpoints.read_tensors(layer_file(folder, index))[0] for index in range(len(layers) - 1)]
+        tie_steps.fit(streams, batches, [*others, last], final, config, seed=seed)
+        record["seconds/tied"] = time.monotonic() - started
+    tensors = {f"layer.{name}": tensor for name, tensor in last.items()}
+    tensors |= {"norm": final.norm.weight.to(pruned.dtype), "matrix": final.matrix.to(pruned.dtype)}
+    record |= {f"divergence/{place}": value for place, value in final.divergences.items()}
+    _store(folder / FINAL, tensors, record)
     if distributed.is_initialized():
         distributed.barrier()
     return Mended(pruned, folder)

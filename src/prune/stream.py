@@ -168,10 +168,18 @@ def forward(
 def decoder_layer(
     model: Model, index: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
 ) -> LlamaDecoderLayer:
+    """Layer ``index`` of the model, frozen."""
+    return layer_of(model.layer(index), config, dtype, device)
+
+
+def layer_of(
+    tensors: Mapping[str, Tensor], config: LlamaConfig, dtype: torch.dtype, device: torch.device | str
+) -> LlamaDecoderLayer:
+    """A frozen layer of these tensors; they are not copied where ``dtype`` and ``device`` are theirs."""
     with torch.device("meta"):
         layer = LlamaDecoderLayer(config, layer_idx=0).eval()
-    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in model.layer(index).items()}
-    layer.load_state_dict(tensors, strict=True, assign=True)
+    cast = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    layer.load_state_dict(cast, strict=True, assign=True)
     return layer.requires_grad_(False)
 
 

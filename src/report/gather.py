@@ -66,7 +66,16 @@ class Metrics:
     They are kept as columns: a million rows as dictionaries would take gigabytes.
     """
 
-    SHOWN = ("data/tokens", "perf/", "prune/error/", "prune/seconds/", "train/ce", "train/kd", "val/")
+    SHOWN = (
+        "data/tokens",
+        "perf/",
+        "prune/error/",
+        "prune/divergence/",
+        "prune/seconds/",
+        "train/ce",
+        "train/kd",
+        "val/",
+    )
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         steps, starts, times = array("q"), array("q"), array("d")

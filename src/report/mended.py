@@ -52,9 +52,18 @@ def _bought(stage: Stage) -> str:
         for name, label in (("loss_before", "whole"), ("loss_cut", "cut"), ("loss_after", "mended"))
         if isinstance(summary.get(name), float)
     ]
-    parts = {"closed_forms": "the closed forms", "steps": "the steps on layers", "head": "those behind the last layer"}
+    parts = {
+        "closed_forms": "the closed forms",
+        "steps": "the steps on layers",
+        "head": "those behind the last layer",
+        "tied": "those on the shared matrix",
+    }
+    places = {"start": "as mended by layers", "head": parts["head"], "tied": parts["tied"]}
+    gaps = {place: stage.metrics.values(f"prune/divergence/{name}") for name, place in places.items()}
+    told = [f"{place} {values[-1]:.3f}" for place, values in gaps.items() if len(values)]
     seconds = {label: stage.metrics.values(f"prune/seconds/{name}") for name, label in parts.items()}
     took = [f"{label} {sum(values):.0f} s" for label, values in seconds.items() if len(values)]
     sentences = [f"Loss on the calibration text: {', '.join(losses)}." if losses else ""]
-    sentences.append(f"{', '.join(took)}." if took else "")
+    sentences.append(f"Divergence from the whole model behind the last layer: {', '.join(told)}." if told else "")
+    sentences.append(f"Time: {', '.join(took)}." if took else "")
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences if sentence)

@@ -29,6 +29,7 @@ PRUNE = (
     "compensation.attention_steps=2",
     "compensation.layer_steps=2",
     "compensation.head_steps=2",
+    "compensation.tied_steps=2",
 )
 POINTS = [
     *[f"mid_write:{number}" for number in (1, 2, 3, 4)],

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from calibration import saved, text
 from conftest import tiny_model
 from llamita import checkpoints
-from llamita.prune import head, importance, mend, plan, stream, surgery
+from llamita.prune import head, importance, mend, plan, stream, surgery, tie_steps
 from llamita.prune.attention import Attention, divergence
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.ranking import ScoreConfig
@@ -23,12 +23,19 @@ from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
 from llamita.prune.stream import Runner
 from llamita.prune.streams import Streams
 from llamita.prune.target import TargetConfig
-from llamita.prune.tune import tune
+from llamita.prune.tune import Objective, Tuned, tune
 
 OFF = CompensationConfig(
-    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+    gains=False,
+    readers=False,
+    values=False,
+    attention_steps=0,
+    writers=False,
+    layer_steps=0,
+    head_steps=0,
+    tied_steps=0,
 )
-CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0)
+CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0, tied_steps=0)
 KINDS = ScoreConfig(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, layers=LayerScore.block_influence)
 SMALL = TargetConfig(
     num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_key_value_heads=1, num_attention_heads=2, head_dim=8
@@ -112,7 +119,7 @@ def test_what_is_read_is_fitted_by_least_squares(tmp_path: Path) -> None:
 
 def test_every_part_brings_each_layer_closer_to_what_the_whole_one_wrote(tmp_path: Path) -> None:
     pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
-    steps = dataclasses.replace(CompensationConfig(), attention_steps=30, layer_steps=60, head_steps=0)
+    steps = dataclasses.replace(CompensationConfig(), attention_steps=30, layer_steps=60, head_steps=0, tied_steps=0)
     mend.mend(pruned, [text(rows=8, length=40)] * 4, steps, tmp_path / "mended", dtype=torch.float64)
     for record in mend.records(tmp_path / "mended", 2)[:-1]:
         assert record["error/tuned"] < record["error/refit"] < record["error/start"]
@@ -133,7 +140,9 @@ def test_the_whole_model_stays_as_it_is(tmp_path: Path, target: TargetConfig, re
 
     before = [tensor.clone() for tensor in tensors()]
     mended(
-        pruned, CompensationConfig(readers=readers, attention_steps=2, layer_steps=2, head_steps=2), tmp_path / "mended"
+        pruned,
+        CompensationConfig(readers=readers, attention_steps=2, layer_steps=2, head_steps=2, tied_steps=2),
+        tmp_path / "mended",
     )
     assert all(torch.equal(tensor, other) for tensor, other in zip(tensors(), before, strict=True))
 
@@ -149,6 +158,59 @@ def test_steps_on_the_distributions_bring_them_closer(tmp_path: Path) -> None:
     assert gaps[1] < gaps[0]
 
 
+def test_steps_of_a_shared_matrix_have_the_gradients_of_both_of_its_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through a stock Llama, whose one matrix is read twice."""
+    target = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    pruned = cut(tmp_path, target, dataclasses.replace(KINDS, hidden=HiddenScore.pca), tie_word_embeddings=False)
+    seen: dict[str, Any] = {}
+
+    def looked_at(parameters: dict[str, Tensor], objective: Objective, **_: Any) -> Tuned:
+        for tensor in parameters.values():
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            sums = [objective(number, True) for number in range(4)]
+        seen.update(sum=sum(total for total, _ in sums), tokens=sum(count for _, count in sums))
+        seen.update({name: tensor.grad for name, tensor in parameters.items()})
+        for tensor in parameters.values():
+            tensor.requires_grad_(False)
+        return Tuned(0.0, 0.0)
+
+    monkeypatch.setattr(tie_steps, "tune", looked_at)
+    result = mended(pruned, dataclasses.replace(CLOSED, tied_steps=1), tmp_path / "mended")
+    model = LlamaForCausalLM(pruned.config).double()
+    model.load_state_dict(dict(surgery.tensors(result)), strict=False)
+    whole = tiny_model(tie_word_embeddings=False).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches():
+        read = {name: batch[name] for name in ("input_ids", "position_ids")}
+        with torch.no_grad():
+            wanted = whole(**read, use_cache=False).logits.log_softmax(-1)
+        found = model(**read, use_cache=False).logits.log_softmax(-1)
+        gap = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        total = total + gap[stream.real_tokens(batch)].sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    assert seen["tokens"] == sum(int(stream.real_tokens(batch).sum()) for batch in batches())
+    torch.testing.assert_close(seen["sum"], total.detach(), rtol=1e-5, atol=1e-8)
+    for name, parameter in (("matrix", model.model.embed_tokens.weight), ("norm", model.model.norm.weight)):
+        torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_a_shared_matrix_bring_the_distributions_closer(tmp_path: Path) -> None:
+    target = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    pruned = cut(tmp_path, target, dataclasses.replace(KINDS, hidden=HiddenScore.pca), tie_word_embeddings=False)
+    config = dataclasses.replace(CLOSED, tied_steps=60)
+    result = mend.mend(pruned, [text(rows=8, length=40)] * 4, config, tmp_path / "mended", dtype=torch.float64)
+    record = mend.records(tmp_path / "mended", 2)[-1]
+    assert record["divergence/tied"] < record["divergence/start"]
+    whole, found = dense_logits(pruned.model), dense_logits(result)
+    tokens = stream.real_tokens(text(rows=8, length=40))
+    gap = functional.kl_div(found, whole, reduction="none", log_target=True).sum(-1)[tokens].mean()
+    assert float(gap) == pytest.approx(record["divergence/tied"], rel=1e-5)
+    assert torch.equal(result.head(), result["model.embed_tokens.weight"])
+
+
 @torch.no_grad()
 def dense_logits(model: stream.Model) -> Tensor:
     """Logarithms of the next-token distributions."""
@@ -162,7 +224,7 @@ def dense_logits(model: stream.Model) -> Tensor:
 def test_a_mended_model_loads_as_any_llama(tied: bool, tmp_path: Path) -> None:
     target = dataclasses.replace(SMALL, tie_word_embeddings=tied)
     pruned = cut(tmp_path, target, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
-    steps = dataclasses.replace(CompensationConfig(), attention_steps=3, layer_steps=3, head_steps=3)
+    steps = dataclasses.replace(CompensationConfig(), attention_steps=3, layer_steps=3, head_steps=3, tied_steps=3)
     result = mended(pruned, steps, tmp_path / "mended")
     path = tmp_path / "model"
     path.mkdir()
@@ -193,7 +255,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path) -> None:
     pruned = cut(tmp_path, TargetConfig(hidden_size=32, intermediate_size=48, keep_layers=[0, 2]))
-    steps = dataclasses.replace(CompensationConfig(), layer_steps=4, head_steps=4)
+    steps = dataclasses.replace(CompensationConfig(), layer_steps=4, head_steps=4, tied_steps=4)
     undisturbed = mended(pruned, steps, tmp_path / "undisturbed")
 
     def die(done: int) -> None:
@@ -303,11 +365,12 @@ def test_the_head_is_fitted_by_the_gradient_of_the_dense_divergence(
     norm = stream.final_norm(pruned, torch.float64, "cpu")
     matrix = pruned.head().clone()
     parameters = [*layer.parameters(), norm.weight, matrix]
-    objective = head._Divergence(streams, source, model.lm_head.weight.detach(), layer, streams.cut, norm, matrix)
+    objective = head.Divergence(streams)
     monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 4 * 128)
     for parameter in parameters:
         parameter.requires_grad_()
-    total, count = objective(0, True)
+    written = streams.cut_runner.layer(layer, streams.cut[0], streams.positions[0])
+    total, count = objective(0, written, head.Final(norm, matrix, {}), True)
     chunked = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad = None

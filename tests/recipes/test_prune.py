@@ -51,12 +51,20 @@ CHEAP = (
     "compensation.attention_steps=2",
     "compensation.layer_steps=2",
     "compensation.head_steps=2",
+    "compensation.tied_steps=2",
 )
 """One cheap pass and few steps; what a test says of them itself comes later and holds."""
 
 
 OFF = CompensationConfig(
-    gains=False, readers=False, values=False, attention_steps=0, writers=False, layer_steps=0, head_steps=0
+    gains=False,
+    readers=False,
+    values=False,
+    attention_steps=0,
+    writers=False,
+    layer_steps=0,
+    head_steps=0,
+    tied_steps=0,
 )
 
 
@@ -126,7 +134,7 @@ def settings(recipe: Callable[[str], ModuleType], model: Path, data: Path | None
             tie_word_embeddings=True,
         ),
         "scores": ranked(),
-        "compensation": CompensationConfig(attention_steps=2, layer_steps=2, head_steps=2),
+        "compensation": CompensationConfig(attention_steps=2, layer_steps=2, head_steps=2, tied_steps=2),
         "out": out,
     }
     return module.Prune(**{**fields, **changes})
@@ -499,13 +507,16 @@ def test_targets_on_the_command_line_are_the_published_sizes(
 def test_what_was_cut_is_mended_and_said_to_be(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    compensation = CompensationConfig(attention_steps=20, layer_steps=40, head_steps=40)
+    compensation = CompensationConfig(attention_steps=20, layer_steps=40, head_steps=40, tied_steps=40)
     recipe("prune").run(settings(recipe, model, data, tmp_path / "out", compensation=compensation))
     summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_after"] == summary["loss_mended"] < summary["loss_cut"]
     rows = [row for row in runs.read_metrics(tmp_path / "out") if "prune/error/refit" in row]
     assert [row["step"] for row in rows] == [0, 1]
     assert all({"prune/error/start", "prune/error/tuned", "prune/seconds/steps"} <= row.keys() for row in rows)
+    (last,) = [row for row in runs.read_metrics(tmp_path / "out") if "prune/divergence/start" in row]
+    assert last["prune/divergence/tied"] <= last["prune/divergence/head"] <= last["prune/divergence/start"]
+    assert last["prune/seconds/tied"] > 0
     assert not list((tmp_path / "out/pruning").glob("mended-*"))
 
 
@@ -534,6 +545,7 @@ def test_any_number_of_processes_gives_the_statistics_of_one(model: Path, data: 
     """Each counts rows of its own; scores, plan and what is fitted in closed form come out the same."""
     line = [f"model.path={model}", f"calibration.path={data}", "calibration.tokens=1024", "calibration.dtype=float32"]
     line += [*SMALL, "compensation.attention_steps=0", "compensation.layer_steps=0", "compensation.head_steps=0"]
+    line += ["compensation.tied_steps=0"]
     line += ["scores.layers=block_influence", "calibration.device=cpu"]
     for number in (1, 2, 3):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]

@@ -89,7 +89,7 @@ def test_candidates_are_ranked_by_the_loss_of_what_is_cut_and_mended(
     split = shards.PackedData.open(data).split("validation")
     rows = list(loader.Sequential(split, batch_rows=4, max_rows=8))
     text = list(loader.Sequential(shards.PackedData.open(data).split("train"), batch_rows=4, max_rows=16))
-    closed = CompensationConfig(attention_steps=0, layer_steps=0, head_steps=0)
+    closed = CompensationConfig(attention_steps=0, layer_steps=0, head_steps=0, tied_steps=0)
     pad = chat.borders(checkpoints.load_tokenizer(data / "tokenizer")).pad_id
     assert len(found) == 4
     for candidate in found:
