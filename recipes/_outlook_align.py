@@ -95,7 +95,7 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
     outlook.makes = Talks()
     outlook.processes = world.processes
     talks = world.talks("data.path", config.data.path, outlook)
-    _judge(config, world, outlook)
+    judge = _judge(config, world, outlook)
     if (shape := _language_model(config, world, outlook)) is None:
         return
     value = 2 if world.hardware.is_gpu else 4
@@ -110,15 +110,21 @@ def sample(config: Any, world: World, outlook: Outlook) -> None:
     answers = int(_given(config, "samples_per_prompt", default=1))
     new = int(_given(config, "sampling.max_new_tokens", "max_new_tokens", default=GENERATED_TOKENS))
     batch = int(_given(config, "sampling.batch_rows", "batch_rows", default=1))
-    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     outlook.parameters = {"model": shape.num_parameters}
     outlook.memory = {
         "model": value * float(shape.num_parameters),
-        "keys and values": float(value * batch * (ASSUMED_TOKENS + new) * cached),
+        "keys and values": _cache_bytes(shape, batch, new, value),
     }
+    if judge is not None:  # it is read when the model that answered is gone
+        outlook.parameters["reward model"] = judge.num_parameters
+        judging = {"reward model": value * float(judge.num_parameters)}
+        outlook.memory = max(outlook.memory, judging, key=lambda items: sum(items.values()))
     tokens = float(prompts) * (ASSUMED_TOKENS + answers * new)
     outlook.flops = {"model, forward": tokens * shape.forward_flops_per_token(ASSUMED_TOKENS + new / 2)}
-    outlook.read_bytes = value * float(shape.num_parameters)
+    if judge is not None:
+        judged = float(prompts) * answers * (ASSUMED_TOKENS + new)
+        outlook.flops["reward model, forward"] = judged * judge.forward_flops_per_token((ASSUMED_TOKENS + new) / 2)
+    outlook.read_bytes = value * float(sum(outlook.parameters.values()))
     outlook.disk = {"answers": estimate.TEXT_BYTES_PER_TOKEN * prompts * answers * new}
     outlook.notes.append(
         f"{prompts:,} prompts of {ASSUMED_TOKENS} tokens with {answers} answers of {new} tokens each are assumed; "
@@ -201,6 +207,12 @@ def _judge(config: Any, world: World, outlook: Outlook) -> LlamaShape | None:
     return None
 
 
+def _cache_bytes(shape: LlamaShape, rows: int, new: int, bytes_per_value: int) -> float:
+    """Of the keys and values of ``rows`` answers of ``new`` tokens."""
+    values = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    return float(bytes_per_value * rows * (ASSUMED_TOKENS + new) * values)
+
+
 def _tokens(talks: Talks, kind: str, outlook: Outlook) -> float:
     """Of the rows of a kind in the training split."""
     if size := talks.sizes.get(f"train.{kind}"):
@@ -281,7 +293,9 @@ def _aligned(
     context = min(length, tokens / rows) / 2
     if reference:
         outlook.flops["reference, forward"] = tokens * shape.forward_flops_per_token(context)
-    if new:
+    if new:  # TRL draws a step's answers at once, from weights as they are kept
+        value = 2 if half and stage else 4
+        outlook.memory["keys and values of answers"] = _cache_bytes(shape, step // world.processes, new, value)
         outlook.flops["answers, forward"] = steps * step * tokens / rows * shape.forward_flops_per_token(context)
         outlook.notes.append("generating waits for memory, not for arithmetic, and takes several times as long")
     saved = 2 if half else 4

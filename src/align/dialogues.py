@@ -236,8 +236,11 @@ def is_held_out(prompt: Iterable[Message], *, share: float, seed: int) -> bool:
     """Whether rows of this prompt are held out: decided by its text alone, so that it holds over sources and rounds.
 
     White space around a message does not count: dialogues are written without it, so a model reads the same prompt.
+    Nor does what the system says beside a question: one question under two of them is one to remember the answer of.
     """
-    text = json.dumps([seed, *([m["role"], m["content"].strip()] for m in prompt)], ensure_ascii=False)
+    told = list(prompt)
+    asked = [m for m in told if m["role"] != Role.system] or told
+    text = json.dumps([seed, *([m["role"], m["content"].strip()] for m in asked)], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 

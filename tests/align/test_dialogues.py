@@ -122,6 +122,19 @@ def test_the_split_depends_on_the_prompt_alone_and_takes_its_share() -> None:
     assert dialogues.prompt_of(pair) == longer.prompt == prompts[0]
 
 
+def test_what_the_system_says_changes_no_side() -> None:
+    sides = set()
+    for number in range(40):
+        asked = {"role": "user", "content": f"question {number}"}
+        told = [[], [{"role": "system", "content": "Be brief."}], [{"role": "system", "content": "Be kind."}]]
+        sides.add(tuple(dialogues.is_held_out([*before, asked], share=0.5, seed=0) for before in told))
+    assert sides == {(False, False, False), (True, True, True)}
+    alone = [
+        dialogues.is_held_out([{"role": "system", "content": f"prompt {n}"}], share=0.5, seed=0) for n in range(40)
+    ]
+    assert len(set(alone)) == 2
+
+
 def test_white_space_that_no_model_reads_changes_no_side() -> None:
     for number in range(40):
         plain, padded = ({"role": "user", "content": text} for text in (f"question {number}", f" question {number}\n"))

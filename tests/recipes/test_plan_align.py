@@ -212,6 +212,8 @@ def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
     assert rl.memory["reference"] == 2 * SMALL.num_parameters
     size = 4 * (estimate.num_text_tokens((data / "train.tasks.jsonl").stat().st_size) + 40 * 100)
     assert rl.flops["answers, forward"] == pytest.approx(2 * size * SMALL.forward_flops_per_token(size / 160 / 2))
+    # One answer on each of eight processes, in bfloat16: keys and values of 16 layers of 8 heads of size 64.
+    assert rl.memory["keys and values of answers"] == 2 * (500 + 100) * 2 * 16 * 8 * 64
     assert rl.notes[-1] == "40 steps of 8 answers"
     assert "reference" not in dpo.memory
     assert "reference" not in looked("reinforcement", recipe, common).memory
@@ -228,6 +230,24 @@ def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
     assert taught.memory["teacher"] == 2 * PUBLISHED[EIGHT].num_parameters
     absent = looked("reinforcement", recipe, {**common, "reward": {"path": tmp_path / "none"}})
     assert absent.mistakes == [f"reward.path={tmp_path / 'none'} is not a model directory: it has no config.json"]
+
+
+def test_the_larger_of_the_model_that_answers_and_the_one_that_judges_decides_on_memory(
+    recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """They are there one after the other."""
+    common = {"model": {"path": Path(ONE)}, "data": {"path": talks(tmp_path / "talks")}, "samples_per_prompt": 4}
+    alone = looked("sample", recipe, common)
+    large = PUBLISHED[EIGHT]
+    outlook = looked("sample", recipe, {**common, "reward": {"path": Path("judge")}}, judge=large)
+    assert alone.memory["model"] == 2 * SMALL.num_parameters
+    assert outlook.memory == {"reward model": 2 * large.num_parameters}
+    assert outlook.read_bytes == 2 * (SMALL.num_parameters + large.num_parameters)
+    # Forty-four tasks, each answered four times; all 512 tokens of an answer are read with its 500 of the prompt.
+    tokens = 44 * 4 * 1012
+    assert outlook.flops["reward model, forward"] == pytest.approx(tokens * large.forward_flops_per_token(506))
+    small = looked("sample", recipe, {**common, "reward": {"path": Path("judge")}}, judge=SMALL)
+    assert small.memory == alone.memory
 
 
 def test_adapters_of_an_aligned_model_need_no_reference_of_their_own(
