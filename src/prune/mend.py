@@ -9,6 +9,7 @@ square map into its down-projection, the down-projection itself is fitted, which
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -143,8 +144,8 @@ def mend(
         started = time.monotonic()
         if distributed.is_initialized():  # the layers that the first process stored
             distributed.barrier()
-        others = [checkpoints.read_tensors(layer_file(folder, index))[0] for index in range(len(layers) - 1)]
-        tie_steps.fit(streams, batches, [*others, last], final, config, seed=seed)
+        others = (checkpoints.read_tensors(layer_file(folder, index))[0] for index in range(len(layers) - 1))
+        tie_steps.fit(streams, batches, itertools.chain(others, [last]), final, config, seed=seed)
         record["seconds/tied"] = time.monotonic() - started
     tensors = {f"layer.{name}": tensor for name, tensor in last.items()}
     tensors |= {"norm": final.norm.weight.to(pruned.dtype), "matrix": final.matrix.to(pruned.dtype)}

@@ -5,7 +5,7 @@ Shape letters: B = rows, S = positions, d = hidden size of the cut model, V = vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.nn.functional as functional
 from torch import Tensor
@@ -21,7 +21,7 @@ from llamita.prune.tune import Objective, tune
 def fit(
     streams: Streams,
     batches: Sequence[Batch],
-    layers: Sequence[Mapping[str, Tensor]],
+    layers: Iterable[Mapping[str, Tensor]],
     final: Final,
     config: CompensationConfig,
     *,
@@ -43,7 +43,7 @@ def fit(
 
 
 def _objective(
-    streams: Streams, batches: Sequence[Batch], layers: Sequence[Mapping[str, Tensor]], final: Final
+    streams: Streams, batches: Sequence[Batch], layers: Iterable[Mapping[str, Tensor]], final: Final
 ) -> Objective:
     """Sum over tokens of KL(whole || cut), from the ids on: the matrix has the gradients of both of its uses.
 
@@ -51,7 +51,7 @@ def _objective(
     backward runs each again (Chen et al., 2016, arXiv:1604.06174).
     """
     divergence, runner = Divergence(streams), streams.cut_runner
-    held = [{name: tensor.to(streams.device) for name, tensor in tensors.items()} for tensors in layers]
+    held = [{name: t.to(streams.device) for name, t in tensors.items()} for tensors in layers]  # one at a time
 
     def run(states_BSd: Tensor, index: int, batch: int) -> Tensor:
         layer = layer_of(held[index], runner.config, streams.cut_dtype, streams.device)
