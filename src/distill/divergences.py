@@ -54,6 +54,8 @@ class Objective:
 
 CE, STUDENT_ENTROPY, KD, TEACHER_ENTROPY, AGREE, KL = range(6)
 """Places in :attr:`Rows.sums`; from ``KL`` on there is one for each teacher."""
+DOT_VALUES = 2**16
+"""Products that are summed in the logits' own precision."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _evaluate(
         if temperature != 1:
             log_q = functional.log_softmax(logits_RV.div_(temperature), dim=-1)
             log_z = _log_z(logits_RV, log_q)
-        q = log_q.exp() if q1 is None or temperature != 1 else q1.clone()
+        q = log_q.exp() if q1 is None or temperature != 1 else q1 if ce_weight == 0 else q1.clone()
         log_ps = [functional.log_softmax(one if temperature == 1 else one.div_(temperature), -1) for one in teachers_RV]
         teachers_log_z = [_log_z(one, log_p) for one, log_p in zip(teachers_RV, log_ps, strict=True)]
         slope = _add_divergence(sums, q, log_q, log_ps, objective, slope_RV is not None) if log_ps else q
@@ -154,7 +156,8 @@ def _add_divergence(
     sums[KD] = kd
     if objective.measure:
         sums[TEACHER_ENTROPY] = -_dot(p, log_p)
-        sums[AGREE] = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+        best_R1 = log_p.argmax(-1, keepdim=True)
+        sums[AGREE] = (log_q.gather(1, best_R1)[:, 0] == log_q.amax(-1)).sum()
         for place, one in enumerate(log_ps):
             if one is log_p and objective.divergence is Divergence.forward_kl:
                 sums[KL + place] = kd
@@ -177,8 +180,9 @@ def _mixture(log_ps: list[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products; each row by one call that makes no tensor of products, the rows in float64."""
-    return torch.bmm(a[:, None], b[:, :, None]).sum(dtype=torch.float64)
+    """Sum of products; each block by one call that makes no tensor of products, the blocks in float64."""
+    blocks = zip(*(torch.split(values.reshape(-1), DOT_VALUES) for values in (a, b)), strict=True)
+    return torch.stack([torch.dot(one, other) for one, other in blocks]).sum(dtype=torch.float64)
 
 
 def divergence(
