@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 
 from llamita import checkpoints, runs
 from llamita.report import drawing, gather, labels, page, palettes, pruning, quality, training
-from llamita.report.gather import Role
+from llamita.report.metrics import Metrics, Over
+from llamita.report.models import Estimate
+from llamita.report.roles import Role
 from llamita.shapes import PUBLISHED, LlamaShape
 
 BIG = LlamaShape(
@@ -518,10 +520,10 @@ def test_the_verdict_gives_the_numbers(whole: Any) -> None:
 
 
 def test_a_difference_is_signed_from_the_result(whole: Any) -> None:
-    assert page._gaps(whole[1]) == [{"other": "ce_only", "gap": gather.Estimate(-0.11, 0.002)}]
+    assert page._gaps(whole[1]) == [{"other": "ce_only", "gap": Estimate(-0.11, 0.002)}]
     turned = dict(whole[1].differences[0], first="ce_only", second="distilled")
     report = dataclasses.replace(whole[1], differences=[turned])
-    assert page._gaps(report) == [{"other": "ce_only", "gap": gather.Estimate(0.11, 0.002)}]
+    assert page._gaps(report) == [{"other": "ce_only", "gap": Estimate(0.11, 0.002)}]
 
 
 def test_kept_units_are_those_of_the_plan(whole: Any) -> None:
@@ -658,7 +660,7 @@ def test_goodput_is_the_time_of_steps_that_count_over_all_of_it(tmp_path: Path) 
 )
 def test_lost_steps_are_those_that_a_later_start_did_again(starts: list[range], lost: int) -> None:
     rows = [{"step": step, "restart": restart} for restart, steps in enumerate(starts) for step in steps]
-    assert gather.Metrics(rows).lost_steps == lost
+    assert Metrics(rows).lost_steps == lost
 
 
 def test_a_curve_and_its_restarts_can_be_placed_by_tokens_steps_and_time(tmp_path: Path) -> None:
@@ -667,8 +669,8 @@ def test_a_curve_and_its_restarts_can_be_placed_by_tokens_steps_and_time(tmp_pat
     steps = [10, 20, 30, 40, 50, 60]
     times = [0, 20, 40, 1200 - 1040, 1230 - 1040, 1250 - 1040]
     expected = {"tokens": [10 * step for step in steps], "steps": steps, "seconds": times}
-    assert {over: metrics.series("train/ce", over)[0].tolist() for over in gather.Over} == expected
-    assert [metrics.restarts(over) for over in gather.Over] == [[300], [30], [160]]
+    assert {over: metrics.series("train/ce", over)[0].tolist() for over in Over} == expected
+    assert [metrics.restarts(over) for over in Over] == [[300], [30], [160]]
 
 
 def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_restart(tmp_path: Path) -> None:
@@ -688,7 +690,7 @@ def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_re
     ("seconds", "unit"), [(299, "seconds"), (300, "minutes"), (3 * 3600, "hours"), (4 * 86400, "days")]
 )
 def test_wall_time_has_the_unit_of_its_length(seconds: float, unit: str) -> None:
-    assert training._axis_of(gather.Over.seconds, seconds)[1].startswith(unit)
+    assert training._axis_of(Over.seconds, seconds)[1].startswith(unit)
 
 
 def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
@@ -706,7 +708,7 @@ def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
 def test_a_value_logged_without_tokens_is_placed_by_its_step() -> None:
     name = "val/v/loss"
     rows = [{"step": 0, name: 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, name: 3.0}, {"step": 7, name: 1.0}]
-    tokens, values = gather.Metrics(rows).series(name)
+    tokens, values = Metrics(rows).series(name)
     assert (tokens.tolist(), values.tolist()) == ([0.0, 50.0], [9.0, 3.0])
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from llamita import checkpoints, runs
 from llamita.report import assistants, gather, labels, page, palettes, training
-from llamita.report.gather import Role
+from llamita.report.roles import Role
 from llamita.shapes import LlamaShape
 
 SHAPE = LlamaShape(

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from llamita import runs
 from llamita.report import drawing, labels
 from llamita.report.drawing import Sketch
-from llamita.report.gather import Estimate, Model, Report, Stage
+from llamita.report.gather import Report
+from llamita.report.models import Estimate, Model
 from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 FILE = "results.json"
 NAMES = {

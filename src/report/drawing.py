@@ -23,8 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llamita.report.gather import Array
 from llamita.report.labels import tick
+from llamita.report.metrics import Array
 from llamita.report.palettes import LIGHT, NAMES, Palette, variables
 
 # Colours that stand for variables while a picture is drawn: no real picture uses them.

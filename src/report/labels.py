@@ -22,6 +22,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def tick(value: float, _: Any = None) -> str:
+    """A count at an axis, without zeros at its end."""
     return "0" if value == 0 else re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0+(?=\D|$)", "", short(value))
 
 

@@ -8,8 +8,9 @@ from matplotlib.ticker import MaxNLocator
 
 from llamita.report import drawing, labels
 from llamita.report.drawing import Sketch
-from llamita.report.gather import Array, Stage
+from llamita.report.metrics import Array
 from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 PARTS = {"start": "as cut", "refit": "closed forms", "tuned": "and steps"}
 

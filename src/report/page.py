@@ -21,7 +21,10 @@ from rich.text import Text
 from llamita import progress, runs
 from llamita.report import assistants, drawing, labels, mended, palettes, pruning, quality, searches, training
 from llamita.report.drawing import Sketch
-from llamita.report.gather import Estimate, Model, Report, Role, Stage
+from llamita.report.gather import Report
+from llamita.report.models import Estimate, Model
+from llamita.report.roles import Role
+from llamita.report.stages import Stage
 
 PAGE = "report.html"
 PLOTS = "plots"

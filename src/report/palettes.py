@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamita.report.gather import Model, Role
+from llamita.report.models import Model
+from llamita.report.roles import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Palette:
 
 
 _ROLES_WITH_COLOURS = (Role.teacher, Role.pruned, Role.distilled)
+
 LIGHT = Palette(
     ink="#1d2126",
     muted="#666c75",

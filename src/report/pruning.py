@@ -13,8 +13,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from llamita.report.drawing import Sketch, legend, log_axis, new_figure
-from llamita.report.gather import Array, Kept
+from llamita.report.kept import Kept
 from llamita.report.labels import clip, percent, short, slug
+from llamita.report.metrics import Array
 from llamita.report.palettes import Palette
 from llamita.shapes import LlamaShape
 

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from llamita.report.drawing import Sketch, count_axis, legend, new_figure, thinned
-from llamita.report.gather import Report, Role
+from llamita.report.gather import Report
 from llamita.report.labels import clip
 from llamita.report.palettes import Palette
+from llamita.report.roles import Role
 
 
 def teacher_level(report: Report) -> float | None:

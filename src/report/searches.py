@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from llamita import runs
 from llamita.report import drawing, labels
 from llamita.report.drawing import Sketch
-from llamita.report.gather import Stage
 from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 FILE = "candidates.jsonl"
 COSTS = {

@@ -12,9 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from llamita.report.drawing import Sketch, count_axis, legend, new_figure, thinned
-from llamita.report.gather import Array, Model, Over, Report, Role
+from llamita.report.gather import Report
 from llamita.report.labels import clip, slug, tick
+from llamita.report.metrics import Array, Over
+from llamita.report.models import Model
 from llamita.report.palettes import Palette
+from llamita.report.roles import Role
 
 LOSSES = {"train/ce": "cross-entropy", "train/kd": "divergence"}
 TABS = {Over.tokens: "tokens", Over.steps: "steps", Over.seconds: "wall time"}
