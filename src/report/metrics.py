@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamita import runs
+from llamita.metrics import superseded_from
 
 Array = NDArray[Any]
 
@@ -139,7 +139,7 @@ def _number(value: Any) -> float:
 def _kept(steps: Array, starts: Array) -> Array:
     """Which rows count: not those that a later start supersedes."""
     earliest = {int(start): int(steps[starts == start].min()) for start in np.unique(starts)}
-    first = runs.superseded_from(earliest)
+    first = superseded_from(earliest)
     kept = np.ones(len(steps), dtype=bool)
     for start, step in first.items():
         kept[(starts == start) & (steps >= step)] = False

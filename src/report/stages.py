@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llamita import checkpoints, runs
+from llamita.metrics import all_rows
 from llamita.report.metrics import Metrics
 from llamita.shapes import LlamaShape
 
@@ -118,7 +119,7 @@ def read_stage(name: str, path: Path) -> Stage:
         path=path,
         recipe=saved.get("recipe"),
         settings=saved.get("settings") or {},
-        metrics=Metrics(runs.all_rows(path) if (path / "metrics.jsonl").is_file() else ()),
+        metrics=Metrics(all_rows(path) if (path / "metrics.jsonl").is_file() else ()),
         done=done,
         identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
         provenance=_optional_json(path / checkpoints.PROVENANCE),
