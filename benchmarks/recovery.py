@@ -24,6 +24,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from llamita import runs
+from llamita.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -103,7 +104,7 @@ class Bench:
             run__seed=seed,
             **teachers,
         )
-        rows = runs.read_metrics(out)
+        rows = read_metrics(out)
         curve = [(row["step"], row["val/held_out/loss"]) for row in rows if "val/held_out/loss" in row]
         tokens = max(row["data/tokens"] for row in rows if "data/tokens" in row)
         held = [runs.check_done(cache)["summary"] for cache in caches]

@@ -19,6 +19,7 @@ from omegaconf import MISSING
 from llamita import runs
 from llamita.align import dialogues, sources, verifiers
 from llamita.align.dialogues import PARSERS, SPLITS, Refused, Row, Task
+from llamita.align.forms import Raw
 from llamita.align.sources import Kind, Side, SourceConfig
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def take(
     return {**taken, "refused": refused.total, "refused_for": refused.counts}
 
 
-def side(config: Dialogues, source: SourceConfig, raw: sources.Raw, row: Row) -> str:
+def side(config: Dialogues, source: SourceConfig, raw: Raw, row: Row) -> str:
     """The split of a row."""
     if source.side is not Side.auto:
         return str(source.side)

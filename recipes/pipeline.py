@@ -17,7 +17,7 @@ import _local  # noqa: F401  (tests give it recipes of their own)
 from _local import Job, run_jobs
 from _slurm import BatchStage, Launcher, Snapshot, queued, submit
 from _stages import Pipeline, Stage, in_order, planned  # noqa: F401  (plan.py puts the stages in order too)
-from llamita import runs
+from llamita import directories, runs
 
 RECORD = "pipeline.json"
 SETTINGS = "pipeline.yaml"
@@ -40,7 +40,7 @@ def run(config: Pipeline) -> None:
         with contextlib.suppress(OSError):
             config.out.rmdir()  # Hydra made it
         return
-    with runs.owned(config.out, marker=RECORD):
+    with directories.owned(config.out, marker=RECORD):
         record = runs.read_mapping(record_file) if record_file.is_file() else {}
         prints, by_stage = planned(config, record)
         if config.launcher.kind == Launcher.slurm:

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import secrets
-import shutil
 import signal
 import time
 import traceback
@@ -31,7 +30,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llamita import faults, locks, sinks, stops
+from llamita import directories, faults, locks, sinks, stops
+from llamita.metrics import mend_metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,9 +49,6 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Rank 0 alone hashes models and publishes; the others wait for it."""
 LEAVE_SECONDS = 30.0
 """How long a later rank waits at its end for rank 0 to leave first."""
-
-BATCH_FILES = {"control", "slurm", "plan.json"}
-"""What may be in a run directory before its run: the folders of a batch job, and a plan that was kept."""
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -404,14 +401,14 @@ def start(
     lock = run._lock
     if wrong := names({"the last part of out": path.absolute().name, "run.project": config.project}):
         raise ValueError("\n".join(wrong))
-    _refuse_foreign_directory(path)
+    directories.refuse_foreign(path)
     if main:
         path.mkdir(parents=True, exist_ok=True)
         fsync(path.parent)
         lock.acquire()
     fresh = not (path / "config.yaml").is_file()
     try:
-        _check_settings(run, may_change)
+        directories.check_settings(path, recipe, run.settings, may_change=_changeable(may_change))
         run.done = (path / "DONE.json").is_file()
         if run.done:
             check_done(path)
@@ -437,7 +434,7 @@ def start(
             handler.close()
     except (ValueError, OSError):
         if main and fresh:
-            _forget(path)
+            directories.forget(path)
         raise
     finally:
         lock.release()
@@ -473,27 +470,6 @@ def start_when_free(
         yield run
 
 
-@contextmanager
-def owned(path: Path, *, marker: str) -> Iterator[None]:
-    """Own a directory that is no stage's own: one that has the file ``marker``, or an empty or new one.
-
-    Raises:
-        ValueError: another live process owns it, or it is somebody else's.
-    """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out={path} is a file; it must be a directory")
-    names = {entry.name for entry in path.iterdir() if entry.name[0] != "."} if path.is_dir() else set()
-    if names - BATCH_FILES and marker not in names:
-        raise ValueError(f"out={path} holds files but no {marker}; choose an empty or new directory")
-    path.mkdir(parents=True, exist_ok=True)
-    lock = locks.Lock(path)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _wait_for_main_process(path: Path) -> None:
     """Leave after rank 0: torchrun ends the others as soon as one process has failed, or asked for another start."""
     deadline = time.monotonic() + LEAVE_SECONDS
@@ -501,74 +477,16 @@ def _wait_for_main_process(path: Path) -> None:
         time.sleep(0.1)
 
 
-def _forget(path: Path) -> None:
-    """Remove what a first start wrote about itself when it failed before it did any work.
-
-    Otherwise the corrected command would be refused, because the directory belongs to other settings.
-    """
-    written = {"config.yaml", "run.json", "logs", "wandb", sinks.TENSORBOARD, faults.FILE}
-    if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
-        for name in written:
-            shutil.rmtree(path / name, ignore_errors=True)
-            if (path / name).is_file():
-                (path / name).unlink()
-        with contextlib.suppress(OSError):
-            (path / "control").rmdir()  # stays where a batch job has put something into it
-
-
 def check_out(path: Path, recipe: str, settings: Mapping[str, Any], *, may_change: Collection[str] = ()) -> None:
     """Raise the ``ValueError`` that :func:`start` would raise for this directory; nothing is changed."""
-    _refuse_foreign_directory(path)
-    _check_settings(Run(path, recipe, plain(settings), RunConfig()), may_change)
+    directories.refuse_foreign(path)
+    directories.check_settings(path, recipe, plain(settings), may_change=_changeable(may_change))
     locks.Lock(path).dead_owner()
 
 
-def _refuse_foreign_directory(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out={path} is a file; it must be a directory")
-    names = {entry.name for entry in path.iterdir()} - BATCH_FILES if path.is_dir() else set()
-    # What a start leaves that was killed while it took the lock over from another.
-    names = {name for name in names if not name.startswith(".lock-")}
-    # A later rank may have made logs/ before rank 0 comes here.
-    if names - {"logs"} and not names & {"config.yaml", ".lock"}:
-        raise ValueError(f"out={path} holds files that no run wrote; choose an empty or new directory")
-
-
-def _check_settings(run: Run, may_change: Collection[str]) -> None:
-    """Refuse a directory that holds the work of another recipe or of other settings."""
-    file = run.path / "config.yaml"
-    if not file.is_file():
-        return
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        saved = None
-    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-        raise ValueError(f"out={run.path} holds a config.yaml that no run wrote; choose an empty or new directory")
-    if saved.get("recipe") != run.recipe:
-        raise ValueError(f"out={run.path} belongs to a run of recipe {saved.get('recipe')!r}; choose another out")
-    old, new = _flat(saved["settings"]), _flat(run.settings)
-    allowed = {"out", *(f"run.{name}" for name in MAY_CHANGE), *may_change}
-    changed = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in allowed
-    ]
-    if changed:
-        raise ValueError(
-            f"out={run.path} belongs to a run with other settings ({'; '.join(changed)}); "
-            "choose another out, or remove that directory"
-        )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _changeable(settings: Collection[str]) -> set[str]:
+    """What may differ on a restart of any recipe, and the settings of this one."""
+    return {"out", *(f"run.{name}" for name in MAY_CHANGE), *settings}
 
 
 def _prepare_directory(run: Run, main: bool) -> None:
@@ -589,18 +507,7 @@ def _prepare_directory(run: Run, main: bool) -> None:
     write_json(identity, run.identity)
     run.stop.forget_earlier()
     faults.forget(run.path)
-    _mend_metrics(run.path / "metrics.jsonl")
-
-
-def _mend_metrics(path: Path) -> None:
-    """Cut off what a crash left after the last whole line: a part of one, or zeros where the power went."""
-    if path.is_file():
-        text = path.read_bytes()
-        whole = text.partition(b"\0")[0]
-        whole = whole[: whole.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+    mend_metrics(run.path / "metrics.jsonl")
 
 
 def _log_to_file(path: Path) -> logging.FileHandler:
@@ -610,67 +517,3 @@ def _log_to_file(path: Path) -> logging.FileHandler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All of :func:`metric_rows`."""
-    return list(metric_rows(path))
-
-
-def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's ``metrics.jsonl``, each step's metric once, one at a time: a long run has a million.
-
-    A run that died after logging and before saving repeats steps after its restart: the rows that a later restart
-    supersedes are left out. So is a last line that is still being written, or that a crash left half written.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    earliest: dict[int, int] = {}
-    for row in all_rows(path):
-        earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
-    first = superseded_from(earliest)
-    for row in all_rows(path):
-        # A restart that began to write since the first pass supersedes what is read next time.
-        if row["step"] < first.get(row["restart"], float("inf")):
-            yield row
-
-
-def superseded_from(earliest: Mapping[int, int]) -> dict[int, float]:
-    """The first step of each restart's rows that a later restart supersedes, by the earliest step of each."""
-    found: dict[int, float] = {}
-    first = float("inf")
-    for restart in sorted(earliest, reverse=True):
-        found[restart] = first
-        first = min(first, earliest[restart])
-    return found
-
-
-def all_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's ``metrics.jsonl``, those that a later restart supersedes included.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    file = path / "metrics.jsonl"
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
-            yield parse_row(line, f"{file}, line {number},")
-
-
-def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``.
-
-    Raises:
-        ValueError: it is damaged; the message begins with ``where``.
-    """
-    try:
-        row = json.loads(line)
-        step, restart = row["step"], row["restart"]
-        if not isinstance(step, int) or not isinstance(restart, int):
-            raise TypeError("step and restart must be whole numbers")
-        return {"step": step, "restart": restart, **row}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} is not a row of metrics: {error!r}") from error

@@ -17,6 +17,7 @@ import calibration
 import overhead
 from conftest import REPOSITORY, tiny_model
 from llamita import runs
+from llamita.metrics import read_metrics
 from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.further import Further
 from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
@@ -150,7 +151,7 @@ def test_every_way_of_watching_does_what_it_is_called(monkeypatch: pytest.Monkey
         found = overhead.measure(it, options)
         assert found[overhead.NOTHING][0].inside < found[overhead.CHECKPOINTS][0].inside
         assert it.job.counters.step == 2 * 5 * 4
-    rows = runs.read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     assert len([row for row in rows if "train/loss" in row]) == 2 * 2 * (4 // 2)
     assert len([row for row in rows if "perf/save_s" in row]) == 2
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == len(list((tmp_path / "run" / "wandb").glob("o*")))

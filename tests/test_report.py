@@ -18,8 +18,10 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from llamita import checkpoints, runs
-from llamita.report import figures, gather, page
-from llamita.report.gather import Role
+from llamita.report import drawing, gather, labels, page, palettes, pruning, quality, training
+from llamita.report.metrics import Metrics, Over
+from llamita.report.models import Estimate
+from llamita.report.roles import Role
 from llamita.shapes import PUBLISHED, LlamaShape
 
 BIG = LlamaShape(
@@ -68,7 +70,7 @@ def stage(
     return path
 
 
-def training(start: float, end: float, *, taught: bool, speed: float = 5e5) -> list[tuple[int, dict[str, float]]]:
+def trained(start: float, end: float, *, taught: bool, speed: float = 5e5) -> list[tuple[int, dict[str, float]]]:
     """Metrics of a training run whose held-out bits per byte fall from ``start`` to ``end``."""
     noise = np.random.default_rng(int(end * 1e4))
     rows: list[tuple[int, dict[str, float]]] = []
@@ -154,7 +156,7 @@ def entry(path: Path, shape: LlamaShape, bits: float, kl: float | None) -> dict[
 
 def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[str, Path]:
     """Teacher, pruned, distilled, two baselines and their evaluation."""
-    teacher = stage(root / "teacher", "distill", shape=big, metrics=training(3.0, 1.02, taught=False))
+    teacher = stage(root / "teacher", "distill", shape=big, metrics=trained(3.0, 1.02, taught=False))
     pruned = stage(
         root / "pruned", "prune", settings={"target": {"hidden_size": 64}}, shape=small, parents={"model": teacher}
     )
@@ -164,15 +166,15 @@ def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[
     family = {"student": pruned, "large": teacher}
     distilled = stage(
         root / "distilled", "distill", settings=taught, shape=small, parents=family,
-        metrics=training(6.4, 1.21, taught=True),
+        metrics=trained(6.4, 1.21, taught=True),
     )  # fmt: skip
     plain = stage(
         root / "ce_only", "distill", settings={"teachers": {}}, shape=small, parents={"student": pruned},
-        metrics=training(6.4, 1.32, taught=False, speed=6.4e5),
+        metrics=trained(6.4, 1.32, taught=False, speed=6.4e5),
     )  # fmt: skip
     random = stage(
         root / "random", "distill", settings=taught | fresh, shape=small, parents=family,
-        metrics=training(7.9, 1.36, taught=True),
+        metrics=trained(7.9, 1.36, taught=True),
     )  # fmt: skip
     evaluation = stage(root / "evaluation", "evaluate")
     models = {
@@ -308,14 +310,14 @@ def test_numbers_on_an_axis_of_many_decades_are_words_and_few(tmp_path: Path) ->
     write_plan(path, BIG, SMALL)
     kept = gather.gather({"pruned": path}).kept[0]
     spread = kept.mlp_scores * np.logspace(-3, 4, BIG.num_hidden_layers)[:, None]
-    sketch = figures.mlp(dataclasses.replace(kept, mlp_scores=spread))
+    sketch = pruning.mlp(dataclasses.replace(kept, mlp_scores=spread))
     assert sketch is not None
-    figure = sketch.draw(figures.LIGHT)
+    figure = sketch.draw(palettes.LIGHT)
     figure.draw_without_rendering()
-    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert {"0.01", "1", "100", "1k"} <= set(labels)
-    assert len(labels) <= 15
-    assert not [label for label in labels if "e" in label]
+    written = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0.01", "1", "100", "1k"} <= set(written)
+    assert len(written) <= 15
+    assert not [label for label in written if "e" in label]
 
 
 def test_a_keyboard_reaches_what_scrolls_and_every_column_has_a_scope(whole: Any) -> None:
@@ -340,8 +342,8 @@ def test_every_colour_of_a_picture_is_a_variable(whole: Any) -> None:
     for picture in pictures:
         assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", picture)
     used = set(re.findall(r"var\((--[a-z0-9-]+)\)", whole[3]))
-    for theme in (figures.LIGHT, figures.DARK):
-        assert used - {"--sans", "--mono", "--page", "--line", "--soft"} <= set(figures.variables(theme))
+    for theme in (palettes.LIGHT, palettes.DARK):
+        assert used - {"--sans", "--mono", "--page", "--line", "--soft"} <= set(palettes.variables(theme))
 
 
 def test_a_page_is_the_same_when_it_is_drawn_again(whole: Any, tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path)
         settings={"note": name, "teachers": {name: {}}},
         shape=SMALL,
         parents={name: whole[0]["pruned"]},
-        metrics=training(5.0, 1.5, taught=True),
+        metrics=trained(5.0, 1.5, taught=True),
     )
     report = gather.gather({name: whole[0]["distilled"], name + "2": strange, "evaluation": evaluation})
     sketches = page._sketches(report)
@@ -385,7 +387,7 @@ def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path)
     assert not [attribute for attribute in reader.attributes if attribute[1].startswith("on")]
     assert name in "".join(reader.text)
     assert "49" not in page.verdict(report)[0][0]
-    assert figures.save_png(sketches["recovery"][0], tmp_path).is_file()
+    assert drawing.save_png(sketches["recovery"][0], tmp_path).is_file()
     console = Console(file=io.StringIO(), width=200)
     console.print(page.terminal_table(report))
     assert name.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in console.file.getvalue()  # type: ignore[attr-defined]
@@ -393,10 +395,10 @@ def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["font-family: <b>", 'font: 9px "', "url(#a", 'id="b', "#fe0100"])
 def test_a_name_that_looks_like_what_is_changed_in_a_picture_stays_a_name(name: str, tmp_path: Path) -> None:
-    path = stage(tmp_path / "d", "distill", metrics=training(5.0, 1.5, taught=True))
-    sketch = figures.throughput(gather.gather({name: path}))
+    path = stage(tmp_path / "d", "distill", metrics=trained(5.0, 1.5, taught=True))
+    sketch = training.throughput(gather.gather({name: path}))
     assert sketch is not None
-    drawn_text = [element.text for element in xml.etree.ElementTree.fromstring(figures.picture(sketch).svg).iter()]
+    drawn_text = [element.text for element in xml.etree.ElementTree.fromstring(drawing.picture(sketch).svg).iter()]
     assert name in drawn_text
 
 
@@ -513,15 +515,15 @@ def test_two_prunings_each_have_their_own_recovery(whole: Any, tmp_path: Path) -
 
 def test_the_verdict_gives_the_numbers(whole: Any) -> None:
     text = "".join(piece for piece, _ in page.verdict(whole[1]))
-    for expected in (figures.short(BIG.num_parameters), "1.020", "6.400", "1.210", "96", "every baseline"):
+    for expected in (labels.short(BIG.num_parameters), "1.020", "6.400", "1.210", "96", "every baseline"):
         assert expected in text
 
 
 def test_a_difference_is_signed_from_the_result(whole: Any) -> None:
-    assert page._gaps(whole[1]) == [{"other": "ce_only", "gap": gather.Estimate(-0.11, 0.002)}]
+    assert page._gaps(whole[1]) == [{"other": "ce_only", "gap": Estimate(-0.11, 0.002)}]
     turned = dict(whole[1].differences[0], first="ce_only", second="distilled")
     report = dataclasses.replace(whole[1], differences=[turned])
-    assert page._gaps(report) == [{"other": "ce_only", "gap": gather.Estimate(0.11, 0.002)}]
+    assert page._gaps(report) == [{"other": "ce_only", "gap": Estimate(0.11, 0.002)}]
 
 
 def test_kept_units_are_those_of_the_plan(whole: Any) -> None:
@@ -561,7 +563,7 @@ def test_two_plans_have_pictures_of_their_own(whole: Any, tmp_path: Path) -> Non
 
 def test_an_unfinished_run_is_shown_as_such(tmp_path: Path) -> None:
     path = stage(
-        tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=training(5, 2, taught=True), finish=False
+        tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=trained(5, 2, taught=True), finish=False
     )
     report = gather.gather({"d": path})
     assert report.models[0].role is Role.distilled
@@ -578,7 +580,7 @@ def test_an_unfinished_run_is_never_the_headline_nor_a_rival(whole: Any, tmp_pat
     family = {"student": paths["pruned"], "large": whole[0]["teacher"]}
     for name, taught in (("early", {"large": {}}), ("early_ce", {})):
         settings = {"teachers": taught, "student": {"path": str(paths["pruned"])}}
-        rows = training(5.0, 0.5, taught=bool(taught))
+        rows = trained(5.0, 0.5, taught=bool(taught))
         paths[name] = stage(tmp_path / name, "distill", settings=settings, parents=family, metrics=rows, finish=False)
     report = gather.gather(paths)
     assert {m.name: m.role for m in report.models if m.is_unfinished} == {
@@ -603,13 +605,13 @@ def test_every_run_has_a_colour_of_its_own_and_the_result_that_of_its_role(whole
     for index, end in enumerate(bits):
         paths[f"run{index}"] = stage(
             tmp_path / f"run{index}", "distill", settings={"teachers": {"large": {}}}, shape=SMALL, parents=family,
-            metrics=training(6.0, end, taught=True),
+            metrics=trained(6.0, end, taught=True),
         )  # fmt: skip
     report = gather.gather(paths)
     assert report.result is report.first(Role.distilled)
     assert report.result is not None
     assert report.result.name == "run1"
-    for palette in (figures.LIGHT, figures.DARK, figures.VARIABLES):
+    for palette in (palettes.LIGHT, palettes.DARK, palettes.VARIABLES):
         colours = {model.name: palette.of(model, report.models) for model in report.models}
         assert len(set(colours.values())) == len(colours) == 9
         assert [colours["run1"], colours["pruned"]] == [palette.distilled, palette.pruned]
@@ -658,7 +660,7 @@ def test_goodput_is_the_time_of_steps_that_count_over_all_of_it(tmp_path: Path) 
 )
 def test_lost_steps_are_those_that_a_later_start_did_again(starts: list[range], lost: int) -> None:
     rows = [{"step": step, "restart": restart} for restart, steps in enumerate(starts) for step in steps]
-    assert gather.Metrics(rows).lost_steps == lost
+    assert Metrics(rows).lost_steps == lost
 
 
 def test_a_curve_and_its_restarts_can_be_placed_by_tokens_steps_and_time(tmp_path: Path) -> None:
@@ -667,16 +669,16 @@ def test_a_curve_and_its_restarts_can_be_placed_by_tokens_steps_and_time(tmp_pat
     steps = [10, 20, 30, 40, 50, 60]
     times = [0, 20, 40, 1200 - 1040, 1230 - 1040, 1250 - 1040]
     expected = {"tokens": [10 * step for step in steps], "steps": steps, "seconds": times}
-    assert {over: metrics.series("train/ce", over)[0].tolist() for over in gather.Over} == expected
-    assert [metrics.restarts(over) for over in gather.Over] == [[300], [30], [160]]
+    assert {over: metrics.series("train/ce", over)[0].tolist() for over in Over} == expected
+    assert [metrics.restarts(over) for over in Over] == [[300], [30], [160]]
 
 
 def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_restart(tmp_path: Path) -> None:
     path = timed(tmp_path / "d", [FIRST, SECOND], created=1000.0, finished="1970-01-01T00:21:30Z")
-    sketches = figures.losses(gather.gather({"d": path}))
+    sketches = training.losses(gather.gather({"d": path}))
     assert [sketch.tab for sketch in sketches] == ["tokens", "steps", "wall time"]
     for sketch, place in zip(sketches, (300, 30, 160), strict=True):
-        [axes] = sketch.draw(figures.LIGHT).axes
+        [axes] = sketch.draw(palettes.LIGHT).axes
         assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [place]
     text = read({"d": path})
     chosen = re.findall(r'<input type="radio" name="losses-over" id="show-([a-z-]+)"( checked)?>', text)
@@ -688,7 +690,7 @@ def test_the_losses_stand_over_tokens_steps_and_wall_time_with_a_line_at_each_re
     ("seconds", "unit"), [(299, "seconds"), (300, "minutes"), (3 * 3600, "hours"), (4 * 86400, "days")]
 )
 def test_wall_time_has_the_unit_of_its_length(seconds: float, unit: str) -> None:
-    assert figures._axis_of(gather.Over.seconds, seconds)[1].startswith(unit)
+    assert training._axis_of(Over.seconds, seconds)[1].startswith(unit)
 
 
 def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
@@ -706,7 +708,7 @@ def test_rows_that_a_restart_superseded_are_not_drawn(tmp_path: Path) -> None:
 def test_a_value_logged_without_tokens_is_placed_by_its_step() -> None:
     name = "val/v/loss"
     rows = [{"step": 0, name: 9.0}, {"step": 5, "data/tokens": 50}, {"step": 5, name: 3.0}, {"step": 7, name: 1.0}]
-    tokens, values = gather.Metrics(rows).series(name)
+    tokens, values = Metrics(rows).series(name)
     assert (tokens.tolist(), values.tolist()) == ([0.0, 50.0], [9.0, 3.0])
 
 
@@ -715,16 +717,16 @@ def test_the_teacher_keeps_its_distance_where_runs_and_evaluation_measured_other
     report = whole[1]
     ends = {curve.model.name: curve.values[-1] for curve in report.curves}
     gap = 1.21 - 1.02
-    assert figures.teacher_level(report) == pytest.approx(ends["distilled"] - gap)
+    assert quality.teacher_level(report) == pytest.approx(ends["distilled"] - gap)
     curves = [dataclasses.replace(c, values=c.values + 0.1) for c in report.curves]
-    assert figures.teacher_level(dataclasses.replace(report, curves=curves)) == pytest.approx(
+    assert quality.teacher_level(dataclasses.replace(report, curves=curves)) == pytest.approx(
         ends["distilled"] + 0.1 - gap
     )
 
 
 @pytest.mark.parametrize("shape", [*PUBLISHED.values(), BIG, SMALL], ids=str)
 def test_components_add_up_to_all_parameters(shape: LlamaShape) -> None:
-    assert sum(figures.components(shape).values()) == shape.num_parameters
+    assert sum(pruning.components(shape).values()) == shape.num_parameters
 
 
 @pytest.mark.parametrize(
@@ -732,28 +734,28 @@ def test_components_add_up_to_all_parameters(shape: LlamaShape) -> None:
     [(0, "0"), (999, "999"), (1000, "1.00k"), (12_345, "12.3k"), (999_600, "1.00M"), (1_235_814_400, "1.24B")],
 )
 def test_counts_are_said_in_three_digits(number: float, text: str) -> None:
-    assert figures.short(number) == text
+    assert labels.short(number) == text
 
 
 def test_smoothing_keeps_constants_and_straight_lines() -> None:
-    assert figures.smoothed(np.full(50, 3.0)) == pytest.approx([3.0] * 50)
+    assert training.smoothed(np.full(50, 3.0)) == pytest.approx([3.0] * 50)
     line = np.arange(200.0)
-    assert figures.smoothed(line)[10:-10] == pytest.approx(line[10:-10])
-    assert figures.smoothed(np.ones(1)) == [1.0]
+    assert training.smoothed(line)[10:-10] == pytest.approx(line[10:-10])
+    assert training.smoothed(np.ones(1)) == [1.0]
 
 
 def test_a_thinned_curve_keeps_its_ends_and_every_spike() -> None:
     x, values = np.arange(1_000_000.0), np.zeros(1_000_000)
     values[[123_456, 654_321]] = 9, -9
-    thin_x, thin = figures.thinned(x, values)
+    thin_x, thin = drawing.thinned(x, values)
     assert len(thin) <= 3200
     assert (thin_x[0], thin_x[-1]) == (0, 999_999)
     assert [thin[thin_x == at].tolist() for at in (123_456, 654_321)] == [[9], [-9]]
-    assert figures.thinned(x[:3200], values[:3200])[1] is not thin
+    assert drawing.thinned(x[:3200], values[:3200])[1] is not thin
 
 
 def test_a_hundred_thousand_steps_make_no_large_page(tmp_path: Path) -> None:
-    path = stage(tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=training(5, 2, taught=True))
+    path = stage(tmp_path / "d", "distill", settings={"teachers": {"t": {}}}, metrics=trained(5, 2, taught=True))
     noise = np.random.default_rng(0)
     with (path / "metrics.jsonl").open("a") as file:
         for step in range(401, 100_000):
@@ -766,7 +768,7 @@ def test_a_hundred_thousand_steps_make_no_large_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ['{"step": 9, "restart": 0, "val/held_', "{"])
 def test_a_line_that_is_still_being_written_is_not_read(torn: str, tmp_path: Path) -> None:
     """Of a run that goes on, or was killed in the middle of a line."""
-    path = stage(tmp_path / "d", "distill", metrics=training(5, 2, taught=False), finish=False)
+    path = stage(tmp_path / "d", "distill", metrics=trained(5, 2, taught=False), finish=False)
     before = gather.gather({"d": path}).models[0].values
     with (path / "metrics.jsonl").open("a") as file:
         file.write(torn)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from llamita import checkpoints, runs
-from llamita.report import assistants, figures, gather, page
-from llamita.report.gather import Role
+from llamita.report import assistants, gather, labels, page, palettes, training
+from llamita.report.roles import Role
 from llamita.shapes import LlamaShape
 
 SHAPE = LlamaShape(
@@ -151,7 +151,7 @@ def test_the_best_of_n_answers_is_drawn_over_n(tmp_path: Path) -> None:
     assert found.best_of == told
     sketch = assistants.best_of(found)
     assert sketch is not None
-    (axes,) = sketch.draw(figures.LIGHT).axes
+    (axes,) = sketch.draw(palettes.LIGHT).axes
     lines = {line.get_label(): dict(zip(*map(list, line.get_data()), strict=True)) for line in axes.get_lines()}
     assert lines == told
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
@@ -228,7 +228,7 @@ def test_a_hostile_name_is_text_in_the_table_and_in_the_picture(name: str, tmp_p
     assert name in cells
     assert html.unescape(table(section, 1)[0][0]).startswith(name)
     picture = section[section.index("<svg") : section.index("</svg>")]
-    assert figures.clip(f"{name} 2") in html.unescape(picture)
+    assert labels.clip(f"{name} 2") in html.unescape(picture)
 
 
 def test_an_aligned_model_is_no_headline_and_has_no_curve_among_those_of_the_text(tmp_path: Path) -> None:
@@ -258,10 +258,10 @@ def test_an_aligned_model_is_no_headline_and_has_no_curve_among_those_of_the_tex
     assert report.result.name == "student"
     assert [curve.model.name for curve in report.curves] == ["student"]
     assert next(m for m in report.models if m.name == "sft").values == {}
-    for sketch in figures.losses(report):
-        (axes,) = sketch.draw(figures.LIGHT).axes
+    for sketch in training.losses(report):
+        (axes,) = sketch.draw(palettes.LIGHT).axes
         assert axes.get_ylim()[0] > 1.5
     alone = gather.gather({"sft": paths["sft"]})
     assert alone.result is None
     assert alone.curves == []
-    assert figures.losses(alone) == []
+    assert training.losses(alone) == []

@@ -13,6 +13,7 @@ import pytest
 
 from llamita import runs
 from llamita.report import gather, page, searches
+from llamita.report.stages import read_stage
 
 ROWS: list[tuple[str, float, float, float | None]] = [
     ("l2-a", 90.0, 3.0, 2.5),
@@ -64,7 +65,7 @@ def test_candidates_stand_on_the_page_by_their_recovered_loss(tmp_path: Path) ->
 
 def test_a_search_that_still_cuts_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     rows = [("l2-a", 90.0, 3.0, None), ("l3-b", 95.0, None, None)]
-    stage = gather.read_stage("s", search_run(tmp_path / "search", finish=False, rows=rows))
+    stage = read_stage("s", search_run(tmp_path / "search", finish=False, rows=rows))
     found = searches.read(stage)
     assert found is not None
     assert [candidate.name for candidate in found.candidates] == ["l2-a"]
@@ -79,7 +80,7 @@ def test_a_damaged_search_is_named(tmp_path: Path) -> None:
     path = search_run(tmp_path / "search")
     (path / searches.FILE).write_text('{"name": "half')
     with pytest.raises(ValueError, match=r"candidates\.jsonl is damaged"):
-        searches.read(gather.read_stage("s", path))
+        searches.read(read_stage("s", path))
 
 
 def test_the_front_is_what_no_other_point_beats() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llamita import runs
+from llamita.metrics import read_metrics
 from llamita.runs import RunConfig
 
 SETTINGS = {"lr": 0.1, "loss": {"temperature": 1.0}, "checkpoint_every": 10}
@@ -167,7 +168,7 @@ def test_a_metric_line_that_a_crash_cut_is_mended(tmp_path: Path) -> None:
         file.write('{"step": 2, "train/lo')
     with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
         run.log({"train/loss": 1.0}, step=2)
-    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [2.0, 1.0]
+    assert [row["train/loss"] for row in read_metrics(tmp_path)] == [2.0, 1.0]
 
 
 def test_zeros_that_a_power_failure_left_are_mended(tmp_path: Path) -> None:
@@ -177,16 +178,16 @@ def test_zeros_that_a_power_failure_left_are_mended(tmp_path: Path) -> None:
         file.write("\0" * 4096 + "\n")
     with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
         run.log({"train/loss": 1.0}, step=2)
-    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [2.0, 1.0]
+    assert [row["train/loss"] for row in read_metrics(tmp_path)] == [2.0, 1.0]
 
 
 def test_a_line_that_is_being_written_is_not_read_yet_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     whole = '{"step": 1, "restart": 0, "train/loss": 2.0}\n'
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta')
-    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "resta\n' + whole)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not a row"):
-        runs.read_metrics(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_a_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_steps_repeated_after_a_restart_are_read_once(tmp_path: Path) -> None:
     with runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:
         for step in (2, 3, 4):
             run.log({"train/loss": float(10 * step)}, step=step)
-    assert [row["train/loss"] for row in runs.read_metrics(tmp_path)] == [1.0, 20.0, 30.0, 40.0]
+    assert [row["train/loss"] for row in read_metrics(tmp_path)] == [1.0, 20.0, 30.0, 40.0]
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_text(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llamita import runs, sinks
+from llamita.metrics import read_metrics
 from llamita.runs import RunConfig
 
 
@@ -127,7 +128,7 @@ def test_the_truth_is_written_before_any_sink_hears_of_it(tmp_path: Path, monkey
 
     class Reader(Recorder):
         def write(self, row: sinks.Row) -> None:
-            seen.append(sum(1 for other in runs.read_metrics(tmp_path) if other["step"] == row.step))
+            seen.append(sum(1 for other in read_metrics(tmp_path) if other["step"] == row.step))
 
     with runs.start(tmp_path, "x", {}, RunConfig()) as run:
         run._sinks = sinks.Sinks({"reader": Reader()})
@@ -157,7 +158,7 @@ def test_tensorboard_shows_the_steps_that_a_restart_repeats_once_as_metrics_do(t
         with runs.start(tmp_path, "x", {}, RunConfig(tensorboard=True)) as run:
             for step in steps:
                 run.log({"train/loss": float(100 * restart + step), "model": "a name"}, step=step)
-    expected = [(row["step"], row["train/loss"]) for row in runs.read_metrics(tmp_path)]
+    expected = [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path)]
     assert [step for step, _ in expected] == list(range(1, 10))
     assert scalars(tmp_path, "train/loss") == expected
 

@@ -9,9 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from llamita import runs
-from llamita.report import figures
-from llamita.report.figures import Palette, Sketch
-from llamita.report.gather import Estimate, Model, Report, Stage
+from llamita.report import drawing, labels
+from llamita.report.drawing import Sketch
+from llamita.report.gather import Report
+from llamita.report.models import Estimate, Model
+from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 FILE = "results.json"
 NAMES = {
@@ -177,10 +180,10 @@ def best_of(alignment: Alignment) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = figures.new_figure(720, 280)
+        figure, axes = drawing.new_figure(720, 280)
         for index, (name, points) in enumerate(alignment.best_of.items()):
             colour = palette.others[index % len(palette.others)]
-            told = {"color": colour, "label": figures.clip(name)}
+            told = {"color": colour, "label": labels.clip(name)}
             axes.plot(list(points), list(points.values()), "o-", linewidth=1.6, markersize=5, **told)
         counts = sorted({n for points in alignment.best_of.values() for n in points})
         axes.set_xscale("log", base=2)
@@ -188,7 +191,7 @@ def best_of(alignment: Alignment) -> Sketch | None:
         axes.set_xlabel("answers to each prompt, n")
         axes.set_ylabel("mean reward of the best")
         if len(alignment.best_of) > 1:
-            figures.legend(figure, axes.get_legend_handles_labels()[0])
+            drawing.legend(figure, axes.get_legend_handles_labels()[0])
         return figure
 
     caption = "Mean over prompts of the best reward among n answers, without bias from those drawn; n = 1 is the mean."

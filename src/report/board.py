@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import yaml
 
 from llamita import locks, redaction, runs
+from llamita.metrics import parse_row, superseded_from
 
 log = logging.getLogger(__name__)
 
@@ -149,18 +150,18 @@ class Follower:
         }
 
     def _superseded_from(self, end: int) -> dict[int, float]:
-        """As :func:`runs.superseded_from`, of what was copied and what is new."""
+        """As :func:`llamita.metrics.superseded_from`, of what was copied and what is new."""
         earliest = dict(self._earliest)
         for row in self._rows(self._end, end):
             earliest[row["restart"]] = min(earliest.get(row["restart"], row["step"]), row["step"])
-        return runs.superseded_from(earliest)
+        return superseded_from(earliest)
 
     def _rows(self, begin: int, end: int) -> Iterator[dict[str, Any]]:
         """The rows in a range of bytes that begins and ends between lines."""
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open("rb") as file:
             file.seek(begin)
             while file.tell() < end:
-                yield runs.parse_row(file.readline(), f"{self.path / 'metrics.jsonl'}, before byte {file.tell()},")
+                yield parse_row(file.readline(), f"{self.path / 'metrics.jsonl'}, before byte {file.tell()},")
 
 
 def _whole_lines(file: Path) -> int:

@@ -6,9 +6,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from llamita.report import figures
-from llamita.report.figures import Palette, Sketch
-from llamita.report.gather import Array, Stage
+from llamita.report import drawing, labels
+from llamita.report.drawing import Sketch
+from llamita.report.metrics import Array
+from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 PARTS = {"start": "as cut", "refit": "closed forms", "tuned": "and steps"}
 
@@ -24,7 +26,7 @@ def errors(stage: Stage) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = figures.new_figure(880, 300)
+        figure, axes = drawing.new_figure(880, 300)
         colours = dict(zip(PARTS, (palette.pruned, palette.muted, palette.distilled), strict=True))
         for part, values in shown.items():
             axes.plot(range(len(values)), values, "o-", color=colours[part], linewidth=1.6, markersize=5)
@@ -37,7 +39,7 @@ def errors(stage: Stage) -> Sketch | None:
         return figure
 
     return Sketch(
-        name=f"mended-{figures.slug(stage.name)}",
+        name=f"mended-{labels.slug(stage.name)}",
         title="Mended layers",
         caption="What each layer adds to the error of the stream, by what was mended. " + _bought(stage),
         draw=draw,

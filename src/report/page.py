@@ -19,9 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from llamita import progress, runs
-from llamita.report import assistants, figures, mended, searches
-from llamita.report.figures import Sketch
-from llamita.report.gather import Estimate, Model, Report, Role, Stage
+from llamita.report import assistants, drawing, labels, mended, palettes, pruning, quality, searches, training
+from llamita.report.drawing import Sketch
+from llamita.report.gather import Report
+from llamita.report.models import Estimate, Model
+from llamita.report.roles import Role
+from llamita.report.stages import Stage
 
 PAGE = "report.html"
 PLOTS = "plots"
@@ -32,7 +35,7 @@ def write(report: Report, out: Path) -> list[str]:
     """Write ``report.html`` and ``plots/*.png`` into ``out``; returns their names."""
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
     sketches = _sketches(report)
-    names = [f"{PLOTS}/{figures.save_png(sketch, out / PLOTS).name}" for group in sketches.values() for sketch in group]
+    names = [f"{PLOTS}/{drawing.save_png(sketch, out / PLOTS).name}" for group in sketches.values() for sketch in group]
     runs.write_atomically(out / PAGE, html(report, sketches))
     return [PAGE, *names]
 
@@ -40,18 +43,18 @@ def write(report: Report, out: Path) -> list[str]:
 def _sketches(report: Report) -> dict[str, list[Sketch]]:
     """Pictures by section; a section without any is absent."""
     groups: dict[str, list[Sketch | None]] = {
-        "recovery": [figures.recovery(report)],
+        "recovery": [quality.recovery(report)],
         "parameters": [_parameters(report)],
-        "tasks": [figures.tasks(report)],
-        "losses": [*figures.losses(report)],
-        "training": [figures.throughput(report)],
+        "tasks": [quality.tasks(report)],
+        "losses": [*training.losses(report)],
+        "training": [training.throughput(report)],
         "assistants": [assistants.best_of(assistants.read(report))],
     }
     for index, search in enumerate(_searches(report)):
         groups[f"search-{index}"] = [searches.pareto(search)]
     stages = {stage.name: stage for stage in report.stages}
     for index, kept in enumerate(report.kept):
-        groups[f"kept-{index}"] = [*figures.of_plan(kept), mended.errors(stages[kept.name])]
+        groups[f"kept-{index}"] = [*pruning.of_plan(kept), mended.errors(stages[kept.name])]
     drawn = {name: [sketch for sketch in group if sketch is not None] for name, group in groups.items()}
     _make_unique([sketch for group in drawn.values() for sketch in group])
     return {name: group for name, group in drawn.items() if group}
@@ -76,7 +79,7 @@ def _parameters(report: Report) -> Sketch | None:
     before, after = report.first(Role.teacher), report.result
     if before is None or after is None or before.shape is None or after.shape is None:
         return None
-    return figures.parameters(before.shape, after.shape, (before.name, after.name))
+    return pruning.parameters(before.shape, after.shape, (before.name, after.name))
 
 
 def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
@@ -85,19 +88,19 @@ def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "count": figures.short,
+        "count": labels.short,
         "estimate": estimate,
         "duration": duration,
         "exact": "{:,}".format,
-        "percent": figures.percent,
+        "percent": labels.percent,
         "amount": amount,
         "signed": signed,
     }
     template = environment.from_string(resources.files("llamita.report").joinpath("page.html.j2").read_text("utf-8"))
     pictures = {section: [_safe(sketch) for sketch in group] for section, group in sketches.items()}
     return template.render(
-        light=figures.variables(figures.LIGHT),
-        dark=figures.variables(figures.DARK),
+        light=palettes.variables(palettes.LIGHT),
+        dark=palettes.variables(palettes.DARK),
         title=_title(report),
         verdict=verdict(report),
         tiles=_tiles(report),
@@ -119,7 +122,7 @@ def html(report: Report, sketches: Mapping[str, Sequence[Sketch]]) -> str:
 
 
 def _safe(sketch: Sketch) -> dict[str, Any]:
-    picture = figures.picture(sketch)
+    picture = drawing.picture(sketch)
     return dataclasses.asdict(picture)
 
 
@@ -166,19 +169,19 @@ def verdict(report: Report) -> list[tuple[str, bool]]:
     if teacher and result and teacher.shape and result.shape:
         before, after = teacher.shape.num_parameters, result.shape.num_parameters
         say(
-            f"From {teacher.name} with {figures.short(before)} parameters, pruning made a model with ",
-            f"{figures.short(after)}",
-            f", {figures.percent(after / before)} of them. ",
+            f"From {teacher.name} with {labels.short(before)} parameters, pruning made a model with ",
+            f"{labels.short(after)}",
+            f", {labels.percent(after / before)} of them. ",
         )
     start, floor = (model.values.get("bits_per_byte") if model else None for model in (pruned, teacher))
     if start and floor:
         say("It cost quality: bits per byte on held-out text went from ", f"{floor.value:.3f}")
         say(" to ", f"{start.value:.3f}", ". ")
     if result and result.role is Role.distilled and (end := result.values.get("bits_per_byte")):
-        tokens = f" over {figures.short(result.tokens)} tokens" if result.tokens else ""
+        tokens = f" over {labels.short(result.tokens)} tokens" if result.tokens else ""
         say(f"Distillation{tokens} brought it to ", f"{end.value:.3f}")
         if result.recovered is not None:
-            say(": ", f"{figures.percent(result.recovered, 0)} of the loss", " is won back. ")
+            say(": ", f"{labels.percent(result.recovered, 0)} of the loss", " is won back. ")
         else:
             say(". ")
         say(_against_baselines(result, report))
@@ -218,20 +221,20 @@ def _tiles(report: Report) -> list[Tile]:
         return []
     if result.shape:
         before = teacher.shape.num_parameters if teacher and teacher.shape else None
-        note = f"of {figures.short(before)}: {figures.percent(result.shape.num_parameters / before)}" if before else ""
-        tiles.append(Tile("parameters", figures.short(result.shape.num_parameters), note))
+        note = f"of {labels.short(before)}: {labels.percent(result.shape.num_parameters / before)}" if before else ""
+        tiles.append(Tile("parameters", labels.short(result.shape.num_parameters), note))
     if (bits := result.values.get("bits_per_byte")) is not None:
         ends = [(m.name, m.values["bits_per_byte"].value) for m in (teacher,) if m and "bits_per_byte" in m.values]
         tiles.append(Tile("bits per byte", f"{bits.value:.3f}", ", ".join(f"{n} {v:.3f}" for n, v in ends)))
     if result.recovered is not None and pruned is not None:
-        tiles.append(Tile("loss won back", figures.percent(result.recovered, 0), "of what pruning cost"))
+        tiles.append(Tile("loss won back", labels.percent(result.recovered, 0), "of what pruning cost"))
     if (agree := result.values.get("top1_agree")) is not None:
-        tiles.append(Tile("same first choice", figures.percent(agree.value), "of tokens, as the teacher"))
+        tiles.append(Tile("same first choice", labels.percent(agree.value), "of tokens, as the teacher"))
     return tiles
 
 
 def _row(model: Model, report: Report) -> dict[str, Any]:
-    colour = figures.VARIABLES.of(model, report.models)
+    colour = palettes.VARIABLES.of(model, report.models)
     return {
         "model": model,
         "colour": f"var({colour})",
@@ -269,8 +272,8 @@ def _component_rows(report: Report) -> list[dict[str, Any]]:
     before, after = report.first(Role.teacher), report.result
     if before is None or after is None or before.shape is None or after.shape is None:
         return []
-    old, new = figures.components(before.shape), figures.components(after.shape)
-    rows = [{"name": name, "before": old[name], "after": new[name]} for name in figures.COMPONENTS]
+    old, new = pruning.components(before.shape), pruning.components(after.shape)
+    rows = [{"name": name, "before": old[name], "after": new[name]} for name in pruning.COMPONENTS]
     total = {"name": "all", "before": before.shape.num_parameters, "after": after.shape.num_parameters}
     return [*rows, total]
 
@@ -306,7 +309,7 @@ def _training_row(model: Model, stage: Stage, report: Report) -> dict[str, Any]:
         shares["teacher"] = _mean(stage, "perf/teacher_s")
     return {
         "name": model.name,
-        "colour": f"var({figures.VARIABLES.of(model, report.models)})",
+        "colour": f"var({palettes.VARIABLES.of(model, report.models)})",
         "steps": int(stage.metrics.steps.max(initial=0)),
         "tokens": stage.tokens,
         "speed": _mean(stage, "perf/tokens_per_s_per_gpu"),
@@ -355,13 +358,13 @@ def terminal_table(report: Report) -> Table:
     for model in report.models:
         values = model.values
         cells = [
-            figures.short(model.shape.num_parameters) if model.shape else "–",
+            labels.short(model.shape.num_parameters) if model.shape else "–",
             estimate(values.get("bits_per_byte")),
             amount(values["perplexity"].value) if "perplexity" in values else "–",
             f"{values['kl'].value:.3f}" if "kl" in values else "–",
-            figures.percent(values["top1_agree"].value) if "top1_agree" in values else "–",
-            figures.percent(model.recovered, 0) if model.recovered is not None else "–",
-            figures.short(model.tokens) if model.tokens is not None else "–",
+            labels.percent(values["top1_agree"].value) if "top1_agree" in values else "–",
+            labels.percent(model.recovered, 0) if model.recovered is not None else "–",
+            labels.short(model.tokens) if model.tokens is not None else "–",
         ]
         style = "bold" if model is report.result else ""
         role = _role(model)
@@ -382,7 +385,7 @@ def assistants_table(alignment: assistants.Alignment) -> Table:
 
 def _text(name: str, style: str = "") -> Text:
     """Text of a terminal that is neither markup nor the terminal's own commands."""
-    return Text(figures.printable(name), style=style)
+    return Text(labels.printable(name), style=style)
 
 
 def show(report: Report, page: Path) -> None:

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from llamita import runs
-from llamita.report import figures
-from llamita.report.figures import Palette, Sketch
-from llamita.report.gather import Stage
+from llamita.report import drawing, labels
+from llamita.report.drawing import Sketch
+from llamita.report.palettes import Palette
+from llamita.report.stages import Stage
 
 FILE = "candidates.jsonl"
 COSTS = {
@@ -102,7 +103,7 @@ def pareto(search: Search) -> Sketch | None:
         return None
 
     def draw(palette: Palette) -> Figure:
-        figure, grid = figures.new_figure(880, 330, 1, len(search.axes), squeeze=False)
+        figure, grid = drawing.new_figure(880, 330, 1, len(search.axes), squeeze=False)
         for axes, cost in zip(grid[0], search.axes, strict=True):
             _panel(axes, search, cost, palette)
         grid[0][0].set_ylabel("held-out loss, nats per token")
@@ -112,7 +113,7 @@ def pareto(search: Search) -> Sketch | None:
             _marker(palette.ink, "*", "winner"),
             Line2D([], [], color=palette.muted, linewidth=1.2, label="front"),
         ]
-        figures.legend(figure, [handle for handle in handles if _is_there(search, handle)])
+        drawing.legend(figure, [handle for handle in handles if _is_there(search, handle)])
         return figure
 
     caption = "Held-out loss of each candidate over what it costs; lower and further left is better."
@@ -120,7 +121,7 @@ def pareto(search: Search) -> Sketch | None:
         caption += f" The whole model has {search.whole:.3f}."
     if search.limits:
         caption += " Dotted lines are limits of the budget."
-    name = f"search-{figures.slug(search.name)}"
+    name = f"search-{labels.slug(search.name)}"
     return Sketch(name=name, title="Shapes under the budget", caption=caption, draw=draw)
 
 
@@ -147,4 +148,4 @@ def _panel(axes: Axes, search: Search, cost: str, palette: Palette) -> None:
         axes.plot([best.costs[cost]], [level], "*", color=palette.ink, markersize=13, zorder=5)
     if cost in search.limits:
         axes.axvline(search.limits[cost], color=palette.muted, linewidth=1.2, linestyle=(0, (2, 2)))
-    figures.count_axis(axes, COSTS[cost])
+    drawing.count_axis(axes, COSTS[cost])

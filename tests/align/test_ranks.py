@@ -16,6 +16,7 @@ import torch
 import preferred
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
+from llamita.metrics import read_metrics
 
 SCRIPT = REPOSITORY / "tests/align/processes/ranks.py"
 
@@ -48,7 +49,7 @@ def folder(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPat
 
 
 def steps_of(path: Path, name: str) -> dict[int, Any]:
-    return {row["step"]: row[name] for row in runs.read_metrics(path) if name in row}
+    return {row["step"]: row[name] for row in read_metrics(path) if name in row}
 
 
 @pytest.mark.slow

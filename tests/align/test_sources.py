@@ -11,18 +11,19 @@ from typing import Any
 import datasets
 import pytest
 
-from llamita.align import dialogues, sources
+from llamita.align import dialogues, python_stdlib, sources
+from llamita.align.forms import Raw
 from llamita.align.sources import Kind, SourceConfig
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-def rows(path: Path, kind: Kind, content: Any, **settings: Any) -> list[sources.Raw]:
+def rows(path: Path, kind: Kind, content: Any, **settings: Any) -> list[Raw]:
     path.write_text("\n".join(json.dumps(row) for row in content) if isinstance(content, list) else content)
     return list(sources.read("s", SourceConfig(kind=kind, path=str(path), **settings)))
 
 
-def parsed(raw: sources.Raw) -> Any:
+def parsed(raw: Raw) -> Any:
     return dialogues.PARSERS[raw.kind](raw.row, raw.place)
 
 
@@ -100,7 +101,7 @@ def test_a_system_message_is_put_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_functions_of_the_library_without_docstring_parse_and_keep_their_name() -> None:
-    found = [raw for raw, _ in zip(sources.functions(), range(60), strict=False)]
+    found = [raw for raw, _ in zip(python_stdlib.functions(), range(60), strict=False)]
     assert [raw.kind for raw in found[:3]] == ["dialogues", "dialogues", "tasks"]
     for described, asked, task in zip(found[::3], found[1::3], found[2::3], strict=True):
         docstring, source = (parsed(raw).messages[-1]["content"] for raw in (described, asked))

@@ -15,6 +15,7 @@ from llamita.distill.cached import CachedSource, CachedTeacher
 from llamita.distill.losses import LossConfig
 from llamita.distill.samplers import Sampler
 from llamita.distill.teachers import ResidentTeacher
+from llamita.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def go(out: Path, cache: Path, *, kind: type[toy.Source] = toy.Source, micro: in
 
 
 def curve(out: Path, name: str = "train/loss") -> dict[int, float]:
-    return {row["step"]: row[name] for row in runs.read_metrics(out) if name in row}
+    return {row["step"]: row[name] for row in read_metrics(out) if name in row}
 
 
 def test_a_run_from_a_cache_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:

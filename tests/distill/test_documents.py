@@ -9,9 +9,9 @@ import torch
 import toy
 from transformers import LlamaForCausalLM
 
-from llamita import runs
 from llamita.distill import documents
 from llamita.distill.teachers import Attention, Batch, document_mask, last_hidden
+from llamita.metrics import read_metrics
 
 
 def test_lengths_are_the_runs_of_positions() -> None:
@@ -52,6 +52,6 @@ def test_training_is_the_same(again: bool, tmp_path: Path) -> None:
             model.config._attn_implementation = kind.value
         out = tmp_path / kind.value
         toy.go(out, student=student, teachers=[toy.ResidentTeacher("big", teacher)], attention=kind, **options)
-        curves.append({row["step"]: row["train/loss"] for row in runs.read_metrics(out) if "train/loss" in row})
+        curves.append({row["step"]: row["train/loss"] for row in read_metrics(out) if "train/loss" in row})
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert len(curves[0]) == 6

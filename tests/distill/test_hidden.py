@@ -15,6 +15,7 @@ from llamita import checkpoints, runs
 from llamita.distill import hidden
 from llamita.distill.hidden import Distance, HiddenConfig, Matching
 from llamita.distill.losses import LossConfig
+from llamita.metrics import read_metrics
 
 
 @pytest.mark.parametrize("distance", Distance)
@@ -67,11 +68,11 @@ def test_the_loss_holds_the_distance_and_training_lessens_it(tmp_path: Path) -> 
     arguments = toy.matched()
     loss = LossConfig()
     toy.go(tmp_path / "run", steps=30, validation_every=0, loss=loss, **arguments)
-    rows = [row for row in runs.read_metrics(tmp_path / "run") if "train/loss" in row]
+    rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     for row in rows:
         assert row["train/loss"] == pytest.approx(row["train/kd"] + 0.5 * row["kd/hidden"], rel=1e-5)
     assert rows[-1]["kd/hidden"] < 0.8 * rows[0]["kd/hidden"]
-    assert any("val/held/hidden" in row for row in runs.read_metrics(tmp_path / "run"))
+    assert any("val/held/hidden" in row for row in read_metrics(tmp_path / "run"))
 
 
 def test_projections_are_saved_and_not_published(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from llamita import checkpoints, runs
 from llamita.distill import engines, launch, losses, speed
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
+from llamita.metrics import read_metrics
 from llamita.precision import Precision
 
 
 def losses_of(out: Path, name: str = "train/loss") -> dict[int, float]:
     """A metric by step; the same step twice would be an error of the log."""
-    rows = [row for row in runs.read_metrics(out) if name in row]
+    rows = [row for row in read_metrics(out) if name in row]
     assert len({row["step"] for row in rows}) == len(rows)
     return {row["step"]: row[name] for row in rows}
 
@@ -268,7 +269,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(
 
 def test_averages_that_were_not_measured_are_not_logged(tmp_path: Path) -> None:
     job = toy.go(tmp_path / "run", log_every=4, validation_every=0)
-    rows = [row for row in runs.read_metrics(tmp_path / "run") if "train/loss" in row]
+    rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert [row["step"] for row in rows] == [4, 6]
     assert all(row["kd/student_entropy"] > 0 for row in rows)
     assert rows[1]["data/tokens"] == 6 * 96
@@ -294,7 +295,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path: 
     job = toy.go(tmp_path / "run", teachers=[Broken({3, 5})], micro_batch_rows=4, validation_rows=0, steps=4)
     assert job.counters.skipped >= 1
     assert all(torch.isfinite(tensor).all() for tensor in toy.weights(job.engine).values())
-    rows = [row for row in runs.read_metrics(tmp_path / "run") if "optim/lr" in row]
+    rows = [row for row in read_metrics(tmp_path / "run") if "optim/lr" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 

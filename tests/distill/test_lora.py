@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from llamita import checkpoints, runs
 from llamita.distill import engines, fused, lora, losses, student
 from llamita.distill.lora import LoraConfig, Projection
+from llamita.metrics import read_metrics
 from llamita.shapes import SIZES
 
 
@@ -112,7 +113,7 @@ def test_only_adapters_move_and_only_they_are_saved(tmp_path: Path) -> None:
 
 def test_adapters_move_the_student_towards_its_teacher(tmp_path: Path) -> None:
     toy.go(tmp_path / "run", student=toy.adapted(rank=8), steps=30, validation_every=0, loss=losses.LossConfig())
-    curve = [row["val/held/kd"] for row in runs.read_metrics(tmp_path / "run") if "val/held/kd" in row]
+    curve = [row["val/held/kd"] for row in read_metrics(tmp_path / "run") if "val/held/kd" in row]
     assert curve[-1] < 0.9 * curve[0]
 
 

@@ -15,6 +15,7 @@ import torch
 import toy
 
 from llamita import checkpoints, runs
+from llamita.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent / "processes"
 TYPINGS = Path(__file__).resolve().parents[2] / "typings"
@@ -71,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     """Rows of the log and final weights of the same problem on one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     job = toy.go(out)
-    return runs.read_metrics(out), torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
+    return read_metrics(out), torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
 
 
 @pytest.mark.slow
@@ -226,7 +227,7 @@ def test_a_stop_on_one_rank_saves_on_both_and_one_process_goes_on(
     assert codes == ["75", "75"], out + err
     assert (tmp_path / "stop/checkpoints/LATEST").read_text() == "step-3\n"
     job = toy.go(tmp_path / "stop")
-    rows = runs.read_metrics(tmp_path / "stop")
+    rows = read_metrics(tmp_path / "stop")
     curves = [{r["step"]: r["train/loss"] for r in lines if "train/loss" in r} for lines in (rows, alone[0])]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     final = torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])

@@ -9,10 +9,11 @@ import pytest
 import torch
 import toy
 
-from llamita import checkpoints, runs
+from llamita import checkpoints
 from llamita.distill import sharded
 from llamita.distill.saved import Saved
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask
+from llamita.metrics import read_metrics
 
 PLAIN: Any = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": Attention.sdpa}
 
@@ -95,7 +96,7 @@ def test_a_teacher_in_pieces_teaches_what_it_teaches_whole_and_is_in_no_checkpoi
     for kind in (sharded.ShardedTeacher, ResidentTeacher):
         teacher = kind.load("big", path, 1.0, **PLAIN)
         job = toy.go(tmp_path / kind.__name__, teachers=[teacher])
-        curves.append([row["train/loss"] for row in runs.read_metrics(job.run.path) if "train/loss" in row])
+        curves.append([row["train/loss"] for row in read_metrics(job.run.path) if "train/loss" in row])
         assert all(teacher.model not in model.modules() for model in job.accelerator._models)
         stored = dict(Saved(job.run.path / "checkpoints/step-6").tensors())
         assert stored.keys() == dict(job.engine.tensors()).keys()

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llamita import checkpoints, runs
 from llamita.distill import engines, lora, losses, speed
 from llamita.distill.speed import Meter, Tally
+from llamita.metrics import read_metrics
 
 SHAPE = checkpoints.shape_of(toy.model(1).config)
 
@@ -83,7 +84,7 @@ def test_a_run_tells_rates_and_the_peak_of_memory(tmp_path: Path) -> None:
         job = toy.trainer(run, micro_batch_rows=2, log_every=3)
         job.meter = Meter(student=SHAPE, teachers=[SHAPE], peak_tflops=2.0)
         job.train()
-    rows = [row for row in runs.read_metrics(tmp_path / "run") if "perf/total_mfu" in row]
+    rows = [row for row in read_metrics(tmp_path / "run") if "perf/total_mfu" in row]
     assert [row["step"] for row in rows] == [3, 6]
     seen = toy.Source(batch=8, micro=8)
     for row in rows:
@@ -100,7 +101,7 @@ def test_a_run_tells_rates_and_the_peak_of_memory(tmp_path: Path) -> None:
 
 def test_without_a_known_peak_no_share_is_told(tmp_path: Path) -> None:
     toy.go(tmp_path / "run", peak_tflops=None)
-    assert not any("mfu" in name for row in runs.read_metrics(tmp_path / "run") for name in row)
+    assert not any("mfu" in name for row in read_metrics(tmp_path / "run") for name in row)
 
 
 def test_a_peak_that_cannot_be_is_refused() -> None:

@@ -9,8 +9,8 @@ import torch
 import toy
 from torch import Tensor
 
-from llamita import runs
 from llamita.distill import lora
+from llamita.metrics import read_metrics
 
 LORA = ("lora_ddp", "lora_zero1", "lora_zero2", "lora_zero2_resume", "lora_zero3_resume", "lora_zero3_again")
 HIDDEN = ("hidden_ddp", "hidden_zero2_resume", "hidden_zero3_resume_again")
@@ -33,7 +33,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict
         out = tmp_path_factory.mktemp("alone") / kind
         job = toy.go(out, **given)
         weights = torch.cat([tensor.flatten() for tensor in toy.weights(job.engine).values()])
-        found[kind] = (runs.read_metrics(out), weights)
+        found[kind] = (read_metrics(out), weights)
     return found
 
 

@@ -23,6 +23,7 @@ from llamita.distill.teachers import (
     document_mask,
     last_hidden,
 )
+from llamita.metrics import read_metrics
 
 
 def test_a_document_in_a_packed_row_has_the_hidden_states_that_it_has_alone() -> None:
@@ -125,7 +126,7 @@ def go(out: Path, **arguments: Any) -> list[dict[str, Any]]:
         job = toy.trainer(run, teachers=given, **arguments)
         job.shares = {name: config.share for name, config in configs.items()}
         job.train()
-    return runs.read_metrics(out)
+    return read_metrics(out)
 
 
 def test_moving_shares_are_those_of_the_step_and_a_restart_goes_on_with_them(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cases import Case
 from llamita import checkpoints, runs
 from llamita.data.shards import PackedData
 from llamita.distill import state
+from llamita.metrics import mend_metrics, metric_rows, read_metrics
 
 Made = Callable[..., Case]
 Note = Callable[..., None]
@@ -290,8 +291,8 @@ def test_f12_what_was_not_synced_when_the_power_went_is_not_needed(
         newest = max(state.newest_good(disk / "checkpoints"), 0)
         assert newest >= promised, f"{disk.name}: step-{promised} was published; there are {steps}"
         if (disk / "metrics.jsonl").is_file():
-            runs._mend_metrics(disk / "metrics.jsonl")
-            rows = {row["step"] for row in runs.metric_rows(disk) if "train/loss" in row}
+            mend_metrics(disk / "metrics.jsonl")
+            rows = {row["step"] for row in metric_rows(disk) if "train/loss" in row}
             assert set(range(1, newest + 1)) <= rows, f"{disk.name}: rows of the steps before step-{newest} are gone"
         else:
             assert newest == 0
@@ -409,7 +410,7 @@ def test_f21_metrics_cut_in_a_line_are_mended_and_every_step_is_there_once(whole
     text = metrics.read_bytes()
     assert len(text) == 4000
     assert not text.endswith(b"\n")
-    assert len(runs.read_metrics(run.out)) == text.count(b"\n"), "a reader never sees a part of a line"
+    assert len(read_metrics(run.out)) == text.count(b"\n"), "a reader never sees a part of a line"
     run.ends(0)
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     # There was no checkpoint yet, so all steps are taken again.

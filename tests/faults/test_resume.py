@@ -13,7 +13,7 @@ import starts
 import torch
 from cases import BATCH, STEP, Case, ids
 
-from llamita import runs
+from llamita.metrics import read_metrics
 
 Made = Callable[..., Case]
 Note = Callable[..., None]
@@ -114,7 +114,7 @@ def test_f20_clocks_that_jump_and_other_hosts_change_nothing(whole: Made, case: 
     run.ends(0, spies={"clock": 3.2e7}, SLURM_RESTART_COUNT="3", **job)
     assert ids(run.out) == identity
     told = run.check_equal(whole())
-    rows = [row for row in runs.read_metrics(run.out) if "perf/step_s" in row]
+    rows = [row for row in read_metrics(run.out) if "perf/step_s" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert {row["restart"] for row in rows} == {0, 1, 2, 3}
     for row in rows:

@@ -19,6 +19,7 @@ from conftest import REPOSITORY
 from llamita import chat, checkpoints, evaluate, runs
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
+from llamita.metrics import read_metrics
 from llamita.report import assistants as report
 from llamita.report import gather
 
@@ -92,7 +93,7 @@ def test_every_model_has_every_figure_with_its_error(made: Path, inputs: dict[st
     assert done["parents"]["other"] == checkpoints.content_hash(inputs["second"])
     assert done["parents"]["data"] == DialogueData.open(inputs["data"]).content_hash
     assert done["parents"]["safety/harm"] == runs.sha256(inputs["list"])
-    rows = {row["model"]: row for row in runs.read_metrics(made)}
+    rows = {row["model"]: row for row in read_metrics(made)}
     assert rows["other"]["assess/loss"] == found["models"]["other"]["values"]["loss"]["value"]
 
 
@@ -224,7 +225,7 @@ def test_lm_eval_asks_with_the_chat_template(
     assert asked == [(["gsm8k_cot_llama"], True, True)]
     found = runs.read_json(tmp_path / "out" / "results.json")["models"]["base"]
     assert found["tasks"] == {"gsm8k_cot_llama": {"exact_match": {"value": 0.25, "stderr": 0.1}}}
-    assert runs.read_metrics(tmp_path / "out")[0]["eval/gsm8k_cot_llama/exact_match"] == 0.25
+    assert read_metrics(tmp_path / "out")[0]["eval/gsm8k_cot_llama/exact_match"] == 0.25
 
 
 def test_lm_eval_asks_in_the_dialogue_format_at_a_fixed_date(

@@ -22,6 +22,7 @@ from llamita import checkpoints, locks, runs
 from llamita.distill import cache, losses, optim, student
 from llamita.distill.samplers import Sampler
 from llamita.distill.teachers import Storage, TeacherConfig, check_settings
+from llamita.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_cache_says_what_it_was_made_from_and_what_it_takes(made: Path, teache
     assert summary["entries"] == sum(shard["entries"] for shard in manifest["shards"])
     assert summary["bytes"] >= 3 * summary["entries"]
     assert 1 <= summary["entries_per_token"] <= 50
-    rows = runs.read_metrics(made)
+    rows = read_metrics(made)
     assert len([row for row in rows if "cache/tokens_per_s" in row]) == len(manifest["shards"]) > 2
     assert {shard["split"] for shard in manifest["shards"]} == {"train", "validation"}
 
@@ -226,7 +227,7 @@ def test_a_quantised_teacher_is_captured_and_says_what_that_changed(
         module.run(config)
     config.teacher.max_kl = 0.1
     module.run(config)
-    costs = [row["teacher/kl_quantised_teacher"] for row in runs.read_metrics(out) if len(row) == 4]
+    costs = [row["teacher/kl_quantised_teacher"] for row in read_metrics(out) if len(row) == 4]
     assert len(costs) == 1
     assert 0 < costs[0] < 0.1
     assert cache.Cache.open(out).identity.weights is Storage.int8
@@ -325,7 +326,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     assert not (out / "DONE.json").exists()
     module.run(settings(module, teacher, data, out))
     assert contents(out) == contents(made)
-    logged = [row["step"] for row in runs.read_metrics(out) if "cache/tokens_per_s" in row]
+    logged = [row["step"] for row in read_metrics(out) if "cache/tokens_per_s" in row]
     # A restart hides no row of the start before it; of a shard that was published and not yet logged there is none.
     unlogged = {1} if crash == "after_rename:1" else set()
     assert logged == [step for step in range(1, len(list((out / "shards").iterdir())) + 1) if step not in unlogged]

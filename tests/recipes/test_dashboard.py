@@ -22,6 +22,7 @@ import pytest
 
 from conftest import REPOSITORY
 from llamita import runs
+from llamita.metrics import read_metrics
 from llamita.report import board
 from llamita.runs import RunConfig
 
@@ -91,7 +92,7 @@ def test_new_rows_are_copied_once_and_a_restart_takes_back_what_it_repeats(tmp_p
         assert shown.advance() == 1
     rows = memory.rows["p", "run"]
     assert [(row["step"], row["train/loss"]) for row in rows] == [
-        (row["step"], row["train/loss"]) for row in runs.read_metrics(tmp_path / "p" / "run")
+        (row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "p" / "run")
     ]
     shown.advance()
     assert memory.configs["p", "run"]["state"] == "not finished"
@@ -120,7 +121,7 @@ def test_a_copy_in_any_pieces_is_what_is_read_at_once(tmp_path: Path, monkeypatc
             shown.advance()
             file.write(line[7:])
         shown.advance()
-        expected = [row["x"] for row in runs.read_metrics(tmp_path / "copied" / "run")]
+        expected = [row["x"] for row in read_metrics(tmp_path / "copied" / "run")]
         assert [row["x"] for row in memory.rows["copied", "run"]] == expected
 
 

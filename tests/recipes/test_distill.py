@@ -21,6 +21,7 @@ from conftest import REPOSITORY
 from llamita import checkpoints, runs
 from llamita.distill import hidden, lora, losses, optim, student
 from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
+from llamita.metrics import read_metrics
 from llamita.precision import Precision
 
 SHAPE = {
@@ -81,7 +82,7 @@ def test_a_model_from_nothing_is_a_stock_llama_with_the_tokenizer_of_the_data(te
     assert provenance["recipe"] == "distill"
     assert provenance["parents"].keys() == {"data"}
     assert done["summary"]["val/held_out/loss"] == provenance["metrics"]["val/held_out/loss"]
-    rows = runs.read_metrics(teacher)
+    rows = read_metrics(teacher)
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "val/held_out/bits_per_byte" in row] == [0, 2, 4]
     assert {"data/tokens", "data/samples", "data/epoch", "perf/tokens_per_s_per_gpu", "optim/lr"} <= rows[1].keys()
@@ -191,7 +192,7 @@ def test_a_student_that_is_its_teacher_loses_nothing(
             steps=1,
         )
     )
-    first = runs.read_metrics(out)[0]
+    first = read_metrics(out)[0]
     assert abs(first["val/held_out/kd"]) < 1e-9
     assert first["val/held_out/top1_agree"] == 1
     assert first["val/held_out/loss"] == pytest.approx(runs.check_done(teacher)["summary"]["val/held_out/loss"])
@@ -345,7 +346,7 @@ def test_a_teacher_in_pieces_and_one_in_eight_bits_teach_with_moving_shares(
     summary = runs.check_done(out)["summary"]
     assert summary["kd/share_spread"] == 0.5
     assert summary["kd/kl_spread"] == pytest.approx(summary["kd/kl_small"], rel=0.05)
-    costs = [row["teacher/kl_quantised_small"] for row in runs.read_metrics(out) if "teacher/kl_quantised_small" in row]
+    costs = [row["teacher/kl_quantised_small"] for row in read_metrics(out) if "teacher/kl_quantised_small" in row]
     assert len(costs) == 1
     assert 0 < costs[0] < 1e-2
 
@@ -412,7 +413,7 @@ def test_a_stop_signal_ends_with_75_and_a_restart_ends_with_the_same_model(
         )
         module.run(config)
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    steps = [row["step"] for row in runs.read_metrics(tmp_path / "run") if "train/loss" in row]
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert steps == list(range(1, 61))
 
 

@@ -16,6 +16,7 @@ import preferred
 from llamita import chat, checkpoints, runs
 from llamita.align import preferences, trainers, watch
 from llamita.distill import launch
+from llamita.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def oracle(folder: Path, beta: float, nll_weight: float, *, moved: float) -> tup
 
 
 def first_row(out: Path) -> dict[str, Any]:
-    return next(row for row in runs.read_metrics(out) if "train/loss" in row)
+    return next(row for row in read_metrics(out) if "train/loss" in row)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 5, 10])
@@ -112,7 +113,7 @@ def test_held_out_answers_that_are_preferred_come_ahead(finished: Path) -> None:
     for name in ("dpo", "logp"):
         assert summary[f"val/held_out/{name}_accuracy"] == 1
         assert summary[f"val/held_out/{name}_margin"] > 0
-    steps = [row["step"] for row in runs.read_metrics(finished) if "val/held_out/dpo_accuracy" in row]
+    steps = [row["step"] for row in read_metrics(finished) if "val/held_out/dpo_accuracy" in row]
     assert steps == [0, 8]
 
 
@@ -160,7 +161,7 @@ def test_a_run_that_was_stopped_and_killed_gives_the_bytes_of_one_that_was_not(
     (out / "checkpoints/checkpoint-5").mkdir()
     module.run(config)
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    rows, whole = ([row for row in runs.read_metrics(path) if "train/loss" in row] for path in (out, finished))
+    rows, whole = ([row for row in read_metrics(path) if "train/loss" in row] for path in (out, finished))
     assert [(row["step"], row["train/loss"]) for row in rows] == [(row["step"], row["train/loss"]) for row in whole]
     assert watch.steps_in(out / "checkpoints") == [6, 8]
 
@@ -227,7 +228,7 @@ def test_steps_without_a_finite_gradient_end_the_run_and_never_reach_the_weights
     weights = [checkpoints.load_model(out / f"checkpoints/checkpoint-{step}") for step in (3, 4)]
     pairs_of = zip(*(model.parameters() for model in weights), strict=True)
     assert all(torch.equal(one, other) and torch.isfinite(one).all() for one, other in pairs_of)
-    assert [row["optim/skipped_steps"] for row in runs.read_metrics(out) if "optim/lr" in row] == [0, 1, 1, 2]
+    assert [row["optim/skipped_steps"] for row in read_metrics(out) if "optim/lr" in row] == [0, 1, 1, 2]
 
 
 def test_adapters_end_in_a_stock_llama_of_which_only_the_projections_moved(

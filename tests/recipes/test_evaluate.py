@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, runs
+from llamita.metrics import read_metrics
 from llamita.progress import Progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -129,7 +130,7 @@ def test_several_models_are_measured_against_a_teacher_and_each_other(
     assert found["data"]["rows"] == split["rows"]
     assert found["data"]["tokens"] == split["labels"]
     assert (out / "DONE.json").is_file()
-    rows = {row["model"]: row for row in runs.read_metrics(out)}
+    rows = {row["model"]: row for row in read_metrics(out)}
     assert rows["first"]["val/validation/bits_per_byte"] == values["first"]["bits_per_byte"]["value"]
     assert rows["first"]["val/validation/kd"] == values["first"]["kl"]["value"]
 
@@ -272,7 +273,7 @@ def test_tasks_alone_need_no_data(
     entry = runs.read_json(tmp_path / "out" / "evaluation.json")["models"]["model"]
     assert entry["values"] == {}
     assert 0 <= entry["tasks"]["llamita_python_cloze"]["acc"]["value"] <= 1
-    assert "eval/llamita_python_cloze/acc" in runs.read_metrics(tmp_path / "out")[0]
+    assert "eval/llamita_python_cloze/acc" in read_metrics(tmp_path / "out")[0]
 
 
 @pytest.mark.parametrize(

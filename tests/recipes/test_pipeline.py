@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from llamita import runs
+from llamita import directories, runs
 from llamita.progress import Progress
 
 STAGE = """
@@ -128,7 +128,7 @@ def test_a_failed_stage_stops_those_beside_it(pipeline: Callable[..., None], tmp
 
 def test_two_launchers_do_not_share_a_directory(pipeline: Callable[..., None], tmp_path: Path) -> None:
     with (
-        runs.owned(tmp_path / "out", marker="pipeline.json"),
+        directories.owned(tmp_path / "out", marker="pipeline.json"),
         pytest.raises(ValueError, match=f"owned by another run: process {os.getpid()}"),
     ):
         pipeline(a={})

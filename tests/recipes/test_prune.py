@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs
+from llamita.metrics import read_metrics
 from llamita.prune import importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
@@ -148,7 +149,7 @@ def weights_of(path: Path) -> dict[str, bytes]:
 def importances(path: Path) -> list[float]:
     """What the metrics say of each layer of the source."""
     name = "prune/layers/importance/block_influence"
-    return [row[name] for row in runs.read_metrics(path) if name in row]
+    return [row[name] for row in read_metrics(path) if name in row]
 
 
 def test_one_command_makes_a_stock_model_with_its_tokenizer(model: Path, data: Path, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_one_command_makes_a_stock_model_with_its_tokenizer(model: Path, data: P
     assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}
     assert provenance["parents"]["calibration"]["path"] == str(data)
     assert provenance["plan"]["parameters_after"] == shape.num_parameters
-    rows = runs.read_metrics(out)
+    rows = read_metrics(out)
     assert {row["prune/layers/importance/block_influence"] > 0 for row in rows[:3]} == {True}
     assert rows[-1]["prune/params"] == shape.num_parameters
     assert rows[-1]["prune/loss_after"] == provenance["plan"]["loss_after"] > 0
@@ -298,7 +299,7 @@ def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Pat
     assert not out.exists()
     recipe("prune").run(settings(recipe, model, None, out, scores=magnitude))
     assert checkpoints.load_model(out).config.num_hidden_layers == 2
-    rows = runs.read_metrics(out)
+    rows = read_metrics(out)
     assert [row["prune/mlp/importance/magnitude"] > 0 for row in rows[:3]] == [True] * 3
     for scores in (ranked(path=out), dataclasses.replace(magnitude, path=out)):
         again = settings(recipe, model, None, tmp_path / "again", scores=scores)
@@ -511,10 +512,10 @@ def test_what_was_cut_is_mended_and_said_to_be(
     recipe("prune").run(settings(recipe, model, data, tmp_path / "out", compensation=compensation))
     summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_after"] == summary["loss_mended"] < summary["loss_cut"]
-    rows = [row for row in runs.read_metrics(tmp_path / "out") if "prune/error/refit" in row]
+    rows = [row for row in read_metrics(tmp_path / "out") if "prune/error/refit" in row]
     assert [row["step"] for row in rows] == [0, 1]
     assert all({"prune/error/start", "prune/error/tuned", "prune/seconds/steps"} <= row.keys() for row in rows)
-    (last,) = [row for row in runs.read_metrics(tmp_path / "out") if "prune/divergence/start" in row]
+    (last,) = [row for row in read_metrics(tmp_path / "out") if "prune/divergence/start" in row]
     assert last["prune/divergence/tied"] <= last["prune/divergence/head"] <= last["prune/divergence/start"]
     assert last["prune/seconds/tied"] > 0
     assert not list((tmp_path / "out/pruning").glob("mended-*"))

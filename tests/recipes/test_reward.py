@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 import preferred
 from llamita import chat, checkpoints, runs
 from llamita.align import reward_trainer, trainers, watch
+from llamita.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_the_loss_is_a_dense_float64_loss_for_every_split(
 ) -> None:
     module, out = recipe("reward"), tmp_path / "out"
     module.run(settings(module, folder, out, micro_batch_rows=micro, steps=1, center_weight=0.5, validation_pairs=0))
-    row = next(row for row in runs.read_metrics(out) if "train/loss" in row)
+    row = next(row for row in read_metrics(out) if "train/loss" in row)
     assert row["train/loss"] == pytest.approx(oracle(folder, 0.5), rel=1e-5)
 
 
@@ -78,7 +79,7 @@ def test_the_preferred_of_held_out_answers_has_the_higher_reward(finished: Path)
     assert summary["before/val/held_out/reward_accuracy"] < 1
     assert summary["val/held_out/reward_accuracy"] == 1
     assert summary["val/held_out/reward_margin"] > summary["before/val/held_out/reward_margin"]
-    assert [row["step"] for row in runs.read_metrics(finished) if "val/held_out/reward_accuracy" in row] == [0, 8]
+    assert [row["step"] for row in read_metrics(finished) if "val/held_out/reward_accuracy" in row] == [0, 8]
 
 
 def test_the_result_is_a_stock_classifier_whose_reward_is_at_the_last_token(finished: Path) -> None:

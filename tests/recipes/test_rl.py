@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import preferred
 from llamita import chat, checkpoints, runs
 from llamita.align import reinforce, reward_model, verifiers, watch
+from llamita.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def test_groups_raise_a_reward_that_can_be_checked(
     module, out = recipe("rl"), tmp_path / "out"
     module.run(settings(module, folder, out, steps=15, checkpoint_every=100))
     summary = runs.check_done(out)["summary"]
-    rewards = [row["rl/reward"] for row in runs.read_metrics(out) if "rl/reward" in row]
+    rewards = [row["rl/reward"] for row in read_metrics(out) if "rl/reward" in row]
     assert len(rewards) == 15
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     assert summary["val/held_out/reward"] > summary["before/val/held_out/reward"]
     assert 0 < summary["val/held_out/kl_to_start"] < math.inf
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
-    assert [row["step"] for row in runs.read_metrics(out) if "val/held_out/reward" in row] == [0, 15]
+    assert [row["step"] for row in read_metrics(out) if "val/held_out/reward" in row] == [0, 15]
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "distill"])

@@ -21,6 +21,7 @@ from conftest import REPOSITORY
 from llamita import chat, checkpoints, runs
 from llamita.align import dialogues, generation, rejection
 from llamita.align.dialogues import DialogueData, Task
+from llamita.metrics import read_metrics
 
 MADE = ("dialogues.json", "samples.jsonl", "train.dialogues.jsonl", "train.pairs.jsonl", "validation.dialogues.jsonl")
 
@@ -90,7 +91,7 @@ def test_the_best_answers_are_a_directory_of_dialogues(made: Path, inputs: dict[
     assert data.pairs("train")
     assert {row["status"] for row in samples} >= {"usable", "truncated"}
     assert done["summary"]["train"]["best_of_4"] > done["summary"]["train"]["best_of_1"]
-    logged = runs.read_metrics(made)[-2:]
+    logged = read_metrics(made)[-2:]
     assert logged[0]["train/mean_reward"] == done["summary"]["train"]["mean_reward"]
     assert {"validation/pass_at_2", "validation/share_truncated"} <= logged[1].keys()
 

@@ -21,6 +21,7 @@ import invented
 from conftest import REPOSITORY, tiny_model
 from llamita import chat, checkpoints, runs
 from llamita.data import loader, shards
+from llamita.metrics import read_metrics
 from llamita.prune import mend, plan, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig
@@ -157,7 +158,7 @@ def test_killed_anywhere_it_goes_on_without_doing_anything_twice(
     assert len(made) == 2 + 2 * distilled
     assert (out / "candidates.jsonl").read_bytes() == (finished / "candidates.jsonl").read_bytes()
     for kind, number in (("loss", 4), ("recovered", 2)):
-        named = [row["candidate"] for row in runs.read_metrics(out) if f"search/{kind}" in row]
+        named = [row["candidate"] for row in read_metrics(out) if f"search/{kind}" in row]
         assert len(named) == len(set(named)) == number
 
 

@@ -29,6 +29,7 @@ from llamita.data.shards import PackedData
 from llamita.distill import losses, optim
 from llamita.distill.lora import LoraConfig
 from llamita.distill.teachers import TeacherConfig
+from llamita.metrics import read_metrics
 from llamita.progress import Progress
 
 WORDS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
@@ -287,17 +288,17 @@ def said_alone(model: Path, items: list[list[dict[str, Any]]]) -> tuple[float, i
 
 
 def test_the_loss_of_packed_dialogues_is_that_of_the_dialogues_alone(trained: Path, model: Path) -> None:
-    first = next(row for row in runs.read_metrics(trained) if "val/held_out/loss" in row)
+    first = next(row for row in read_metrics(trained) if "val/held_out/loss" in row)
     total, count = said_alone(model, [talk(n) for n in range(48, 58)])
     assert first["val/held_out/loss"] == pytest.approx(total / count, rel=1e-6)
     assert first["step"] == 0
-    counts = runs.read_metrics(trained)[0]
+    counts = read_metrics(trained)[0]
     assert counts["sft/validation_labels"] == count
     assert (counts["sft/dialogues"], counts["sft/dropped"], counts["sft/refused"]) == (48, 0, 0)
 
 
 def test_held_out_answers_become_likelier(trained: Path) -> None:
-    values = [row["val/held_out/loss"] for row in runs.read_metrics(trained) if "val/held_out/loss" in row]
+    values = [row["val/held_out/loss"] for row in read_metrics(trained) if "val/held_out/loss" in row]
     assert values[-1] < values[0] - 0.5
     total, count = said_alone(trained, [talk(n) for n in range(48, 58)])
     assert values[-1] == pytest.approx(total / count, rel=1e-5)
@@ -322,7 +323,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(module._dialogue_rows, "_make", None)
     module.run(config)
     assert (tmp_path / "run/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
-    rows = runs.read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 7))
     assert sum("sft/dialogues" in row for row in rows) == 1
     summary = runs.check_done(tmp_path / "run")["summary"]
@@ -399,7 +400,7 @@ def test_two_processes_under_zero_2_lose_what_one_loses(model: Path, data: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("train/loss", "val/held_out/loss", "optim/grad_norm"):
         curves = [
-            {row["step"]: row[name] for row in runs.read_metrics(path) if name in row}
+            {row["step"]: row[name] for row in read_metrics(path) if name in row}
             for path in (tmp_path / "run", trained)
         ]
         assert curves[0] == pytest.approx(curves[1], rel=1e-5)
@@ -421,7 +422,7 @@ def test_adapters_are_merged_and_a_teacher_is_learnt_from(
     )
     module.run(config)
     summary = runs.check_done(tmp_path / "run")["summary"]
-    rows = runs.read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     steps = max(row["step"] for row in rows)
     assert steps == -(-3 * len(PackedData.open(tmp_path / "run/packed").split("train")) // 8)
     first = next(row for row in rows if "val/held_out/kd" in row)
@@ -524,4 +525,4 @@ def test_dialogues_and_teachers_that_do_not_fit_are_refused_before_anything_is_w
 def test_a_run_without_held_out_dialogues_needs_none(module: ModuleType, model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "talks", [talk(n) for n in range(8)], [])
     module.run(settings(module, model, source, tmp_path / "run", validation_rows=0, steps=1))
-    assert not any("val/" in key for row in runs.read_metrics(tmp_path / "run") for key in row)
+    assert not any("val/" in key for row in read_metrics(tmp_path / "run") for key in row)

@@ -20,6 +20,7 @@ import vocabularies
 from conftest import tiny_model
 from llamita import chat, checkpoints, runs
 from llamita.data import sources, tokens
+from llamita.metrics import read_metrics
 from llamita.prune import surgery, vocabulary
 
 SIZE = 512
@@ -110,7 +111,7 @@ def test_the_directory_is_stock_and_says_where_it_comes_from(model: Path, data: 
     provenance = runs.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}
     assert provenance["parents"]["data"]["path"] == str(data)
-    summary, row = runs.read_done(finished)["summary"], runs.read_metrics(finished)[-1]
+    summary, row = runs.read_done(finished)["summary"], read_metrics(finished)[-1]
     llama = AutoModelForCausalLM.from_pretrained(finished)
     assert summary["parameters_after"] == row["vocabulary/params"] == sum(p.numel() for p in llama.parameters())
     assert 0 < summary["share_of_tokens_kept"] < 1 < summary["growth_by_parts"]

@@ -19,6 +19,7 @@ import yaml
 import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
+from llamita.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -269,7 +270,7 @@ def test_a_run_that_is_preempted_in_the_middle_ends_with_the_weights_of_one_that
     assert cluster.restarts(job) == 1
     assert runs.read_json(out / "run.json")["restarts"] == 1, "the preemption came after the end"
     assert checkpoints.content_hash(out) == checkpoints.content_hash(undisturbed)
-    rows = [row["step"] for row in runs.read_metrics(out) if "train/loss" in row]
+    rows = [row["step"] for row in read_metrics(out) if "train/loss" in row]
     assert rows == list(range(1, 41)), "a step was lost or counted twice"
 
 

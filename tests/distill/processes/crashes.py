@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import toy
 
-from llamita import runs
+from llamita.metrics import read_metrics
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def child(out: Path, crash_at: str | None) -> int:
 
 
 def outcome(out: Path) -> tuple[str, Any]:
-    curve = [[row["step"], row["train/loss"]] for row in runs.read_metrics(out) if "train/loss" in row]
+    curve = [[row["step"], row["train/loss"]] for row in read_metrics(out) if "train/loss" in row]
     return (out / "digest").read_text(), curve
 
 

@@ -24,6 +24,7 @@ from llamita.distill.launch import DeepSpeedConfig
 from llamita.distill.losses import TeacherStates
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher, document_mask
+from llamita.metrics import read_metrics
 from llamita.precision import Precision
 
 torch.set_num_threads(1)
@@ -159,7 +160,7 @@ def curve(out: Path, **arguments: Any) -> dict[str, Any]:
     final = toy.weights(job.engine)
     together = torch.cat([tensor.float().flatten() for tensor in final.values()])
     gathered = job.accelerator.gather(together[None].to(job.accelerator.device))
-    rows = runs.read_metrics(out) if job.accelerator.is_main_process else []
+    rows = read_metrics(out) if job.accelerator.is_main_process else []
     return {
         "equal_ranks": bool((gathered == gathered[0]).all()),
         "digest": toy.digest(job.engine),

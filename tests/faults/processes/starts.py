@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llamita import runs
+from llamita.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
@@ -142,7 +143,7 @@ def model_hash(out: Path) -> str:
 
 def curve(out: Path, name: str = "train/loss") -> list[tuple[int, float]]:
     """A metric's rows, each as step and value, in the order of the file."""
-    return [(row["step"], row[name]) for row in runs.read_metrics(out) if name in row]
+    return [(row["step"], row[name]) for row in read_metrics(out) if name in row]
 
 
 def state_hashes(checkpoint: Path) -> dict[str, str]:

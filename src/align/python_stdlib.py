@@ -1,0 +1,88 @@
+"""Dialogues and tasks about the functions of Python's own library: source to docstring, and docstring to source."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from llamita import stdlib
+from llamita.align.forms import Raw
+
+
+class Demand(StrEnum):
+    """What the task of a function of the library asks for."""
+
+    signature = "signature"
+    """Python that parses and defines the function, with its arguments."""
+    parses = "parses"
+    """Python that parses."""
+
+
+def functions(demand: Demand = Demand.signature) -> Iterator[Raw]:
+    """Dialogues about the functions of the standard library that have a docstring, in the order of a hash.
+
+    Each function gives two dialogues, source to docstring and docstring to source, and a task of the second. The order
+    of a hash makes the first ``max_rows`` a fair sample.
+    """
+    found = [(path, function) for path in stdlib.files() for function in _documented(path)]
+    found.sort(key=lambda pair: _order(pair[1].source))
+    for path, function in found:
+        yield from _about(f"{path.relative_to(stdlib.root())}:{function.line}", function, demand)
+
+
+def _order(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of which the docstring is known."""
+
+    name: str
+    line: int
+    signature: str
+    """``def name(…):``, with its decorators left out."""
+    docstring: str
+    source: str
+    """Without docstring and decorators."""
+    arguments: tuple[str, ...]
+
+
+def _documented(path: Path) -> Iterator[Function]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (text := ast.get_docstring(node)):
+            bare = ast.FunctionDef(**{**_fields(node), "body": node.body[1:], "decorator_list": []})
+            head = ast.FunctionDef(**{**_fields(node), "body": [ast.Pass()], "decorator_list": []})
+            yield Function(
+                name=node.name,
+                line=node.lineno,
+                signature=ast.unparse(ast.fix_missing_locations(head)).rpartition("\n")[0],
+                docstring=text.strip(),
+                source=ast.unparse(ast.fix_missing_locations(bare)),
+                arguments=tuple(argument.arg for argument in node.args.args),
+            )
+
+
+def _fields(node: ast.FunctionDef) -> dict[str, Any]:
+    return {**dict(ast.iter_fields(node)), "lineno": node.lineno, "col_offset": node.col_offset}
+
+
+def _about(place: str, function: Function, demand: Demand) -> Iterator[Raw]:
+    described = [{"role": "user", "content": f"Write the docstring of this function.\n\n{function.source}"}]
+    wanted = f'Write this function.\n\n{function.signature}\n    """{function.docstring}"""'
+    asked = [{"role": "user", "content": wanted}]
+    for prompt, said in ((described, function.docstring), (asked, function.source)):
+        messages = [*prompt, {"role": "assistant", "content": said}]
+        yield Raw(place, "dialogues", {"messages": messages}, function.source)
+    signature = {"function": function.name, "arguments": list(function.arguments)}
+    check = {"kind": "python", **(signature if demand is Demand.signature else {})}
+    yield Raw(place, "tasks", {"prompt": asked, "check": check}, function.source)
