@@ -169,7 +169,8 @@ class Stage:
         """Look at the node and the disk, and hash what is read; every rank comes here."""
         self.device = PartialState().device
         self.precision = self.config.precision.dtype(self.device)
-        trained = self.config.lora.rank or checkpoints.shape_of(self.given.config).num_parameters
+        shape = checkpoints.shape_of(self.given.config)
+        trained = self.config.lora.num_parameters(shape) or shape.num_parameters
         each = estimate.checkpoint_bytes(trained)
         wanted = max(watch.FEWEST, self.config.keep_checkpoints) + 1
         there = len(watch.steps_in(self.run.path / "checkpoints"))

@@ -108,7 +108,7 @@ def train(config: Dpo, this: runs.Run) -> None:
         train_dataset=preferences.dataset(rows["train"], reference["train"]).select(order),
         data_collator=collate,
         processing_class=stage.tokenizer(model),
-        peft_config=config.lora.of_peft("CAUSAL_LM"),
+        peft_config=trainers.adapters(config.lora, model),
         nll_weight=config.nll_weight,
     )
     rows_of = _aligning.rows_of(order, rows["train"].ids, config.global_batch_rows)

@@ -105,7 +105,7 @@ def train(config: Reward, this: runs.Run) -> None:
         args=stage.arguments,
         train_dataset=preferences.dialogues(rows["train"]).select(order),
         processing_class=stage.tokenizer(model),
-        peft_config=config.lora.of_peft("SEQ_CLS"),
+        peft_config=trainers.adapters(config.lora, model),
     )
     rows_of = _aligning.rows_of(order, rows["train"].ids, config.global_batch_rows)
     metrics: dict[str, Any] = watch.train(trainer, stage.watch("reward", NAMES, rows_of, steps))

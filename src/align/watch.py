@@ -326,6 +326,10 @@ def train(trainer: Any, watch: Watch) -> dict[str, float]:
         disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # peft copies a matrix as it rests; small steps would be lost in bfloat16.
+            parameter.data = parameter.data.float()
     resume = watch.resume_from()
     try:
         with watch.run.watchdog:
