@@ -183,11 +183,18 @@ class Stage:
         )
 
     def hash_parents(self, **paths: Path) -> None:
-        """Hash the models and the data on the main process, and look for a checkpoint to go on from."""
+        """Hash what is read on the main process, and look for a checkpoint to go on from.
+
+        A model's hash is that of its weights; how the trained one and a reward model read text is a parent of its own.
+        """
+        readers = {"tokenizer": paths["model"]}
+        if "reward" in paths:
+            readers["reward/tokenizer"] = paths["reward"]
         if runs.is_main_process():
             self.parents = {name: checkpoints.content_hash(path) for name, path in paths.items()}
+            self.parents |= {name: checkpoints.dialogue_hash(path) for name, path in readers.items()}
             self.parents["data"] = self.given.data.content_hash
-        self.paths = {**paths, "data": self.config.data.path}
+        self.paths = {**paths, **readers, "data": self.config.data.path}
         PartialState().wait_for_everyone()
         self.found = watch.newest(self.run.path / "checkpoints")
 
@@ -256,6 +263,7 @@ class Stage:
             family=family,
             names=names,
             parents=self.parents,
+            paths=self.paths,
             keep=self.config.keep_checkpoints,
             max_skipped_in_a_row=self.config.max_skipped_in_a_row,
             rows_of=rows_of,

@@ -112,7 +112,8 @@ class Watch(TrainerCallback):
     """Listens to a trainer for one run; every rank has one.
 
     ``names`` maps TRL's metrics to ours; others are logged as ``FAMILY/NAME``. ``rows_of`` names the rows of a step;
-    ``found`` is the checkpoint to go on from.
+    ``found`` is the checkpoint to go on from; ``parents`` are the hashes, on the main process, of what is read at
+    ``paths``.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Watch(TrainerCallback):
         family: str,
         names: Mapping[str, str],
         parents: Mapping[str, str],
+        paths: Mapping[str, Path],
         keep: int,
         max_skipped_in_a_row: int,
         rows_of: Callable[[int], Sequence[str]],
@@ -136,6 +138,7 @@ class Watch(TrainerCallback):
         self._family = family
         self._names = {"loss": "train/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/lr", **names}
         self._parents = dict(parents)
+        self._paths = dict(paths)
         self._keep = max(FEWEST, keep)
         self._limit = min(max_skipped_in_a_row, steps)
         self._rows_of = rows_of
@@ -154,14 +157,20 @@ class Watch(TrainerCallback):
         """The checkpoint to go on from.
 
         Raises:
-            ValueError: it was trained from other weights or data.
+            ValueError: it was trained from another parent, which is named.
         """
         found = self._found
         if found is None:
             return None
         state = runs.read_mapping(found / STATE)
-        if agree_sum(runs.is_main_process() and state["parents"] != self._parents):
-            raise ValueError(f"{found} was trained from other models or data than those that are there now")
+        changed = [sorted(name for name, sha256 in self._parents.items() if state["parents"].get(name) != sha256)]
+        broadcast_object_list(changed)
+        if changed[0]:
+            named = ", ".join(f"{name} ({self._paths[name]})" for name in changed[0])
+            raise ValueError(
+                f"{found} was trained from another {named} than is there now: put it back as it was, or choose another "
+                "out"
+            )
         self.last = dict(state["last"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         log.info("going on from %s", found)

@@ -129,6 +129,10 @@ def test_the_result_is_a_stock_model_that_ends_its_turns(finished: Path, folder:
     assert before == after
     provenance = runs.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"]["sha256"] == checkpoints.content_hash(folder / "model")
+    assert provenance["parents"]["tokenizer"] == {
+        "path": str(folder / "model"),
+        "sha256": checkpoints.dialogue_hash(folder / "model"),
+    }
     assert provenance["settings"]["beta"] == 0.1
     assert not {p.name for p in finished.glob("*.safetensors")} - {"model.safetensors"}
 
@@ -205,7 +209,47 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(
         with pytest.raises(runs.Stopped):
             module.run(config)
     preferred.model(tmp_path / "model", seed=1)
-    with pytest.raises(ValueError, match="trained from other models or data"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained from another model \(.*model\) than is there now"):
+        module.run(config)
+
+
+def template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{# as before #}" + chat.TEMPLATE)
+
+
+def ends(model: Path) -> None:
+    tokenizer = checkpoints.load_tokenizer(model)
+    tokenizer.eos_token = chat.MESSAGE_END
+    tokenizer.save_pretrained(model)
+
+
+def words(model: Path) -> None:
+    definition = runs.read_mapping(model / "tokenizer.json")
+    runs.write_json(model / "tokenizer.json", definition | {"normalizer": {"type": "Lowercase"}})
+
+
+@pytest.mark.parametrize("edit", [template, ends, words])
+def test_a_checkpoint_is_not_gone_on_with_in_other_tokens(
+    edit: Callable[[Path], None],
+    recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights are the same; the tokenizer's files, or the template beside them, were edited."""
+    module, out = recipe("dpo"), tmp_path / "out"
+    preferred.model(tmp_path / "model")
+    preferred.data(tmp_path / "data")
+    config = settings(module, tmp_path, out)
+    with monkeypatch.context() as patch:
+        stop_after(1, out, patch)
+        with pytest.raises(runs.Stopped):
+            module.run(config)
+    before = checkpoints.content_hash(tmp_path / "model")
+    edit(tmp_path / "model")
+    assert checkpoints.content_hash(tmp_path / "model") == before
+    with pytest.raises(
+        ValueError, match=r"was trained from another tokenizer \(.*model\) than is there now: put it back"
+    ):
         module.run(config)
 
 

@@ -213,7 +213,13 @@ def test_a_reward_model_is_asked_where_there_is_one(
     module.run(config)
     assert {name for name, _ in asked[:4]} == {f"task-{number}" for number in range(8, 12)}
     assert asked[0][1][0] == preferred.asked(8)
-    assert runs.check_done(tmp_path / "out")["parents"].keys() == {"model", "reward", "data"}
+    assert runs.check_done(tmp_path / "out")["parents"].keys() == {
+        "model",
+        "tokenizer",
+        "reward",
+        "reward/tokenizer",
+        "data",
+    }
 
 
 def test_the_divergence_is_that_of_dense_distributions(folder: Path) -> None:
