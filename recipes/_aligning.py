@@ -87,16 +87,18 @@ def open_all(config: AlignConfig, kind: str) -> Given:
     return Given(stored.config, stored.dtype, encoder, data)
 
 
-def encoded(config: AlignConfig, given: Given, *, held_out: int) -> dict[str, preferences.Rows]:
-    """The pairs of both splits as ids, at most ``held_out`` of the second, evenly spaced; with 0 there is none.
+def open_pairs(config: AlignConfig, *, held_out: int) -> tuple[Given, dict[str, preferences.Rows]]:
+    """What is read, and the pairs of both splits as ids, of the second at most ``held_out``, evenly spaced; 0: none.
 
     Raises:
-        ValueError: there are none, or none fits.
+        ValueError: TRL is not installed, as :func:`open_all`, there are no pairs, or none fits.
     """
+    trainers.check_installed()
+    given = open_all(config, "pairs")
     if held_out:
         given.data.need("validation", "pairs", without="validation_pairs=0")
     pairs = {"train": given.data.pairs("train"), "validation": evenly(given.data.pairs("validation"), held_out)}
-    return {
+    return given, {
         split: preferences.encode(part, given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl")
         for split, part in pairs.items()
         if part or split == "train"
@@ -152,6 +154,20 @@ def told(config: AlignConfig, *, steps: int, **more: Any) -> dict[str, Any]:
         deepspeed=zero(config),
     )
     return {**common, **more}
+
+
+def told_of_pairs(
+    config: AlignConfig, kind: type[Any], rows: Mapping[str, preferences.Rows], **more: Any
+) -> dict[str, Any]:
+    """As :func:`told`, of a trainer with settings ``kind`` that takes each pair as it is, in the order given.
+
+    Raises:
+        ValueError: there are too few pairs, or ``trainer`` has a key that ``kind`` has not or that is decided here.
+    """
+    steps = config.num_steps(len(rows["train"]))
+    found = told(config, steps=steps, max_length=None, train_sampling_strategy="sequential", **more)
+    trainers.check_keys(kind, config.trainer, found)
+    return found
 
 
 @dataclass
