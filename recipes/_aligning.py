@@ -202,6 +202,9 @@ class Stage:
         """Hash what is read on the main process, and look for a checkpoint to go on from.
 
         A model's hash is that of its weights; how the trained one and a reward model read text is a parent of its own.
+
+        Raises:
+            ValueError: the checkpoint was trained from something else.
         """
         readers = {"tokenizer": paths["model"]}
         if "reward" in paths:
@@ -213,6 +216,8 @@ class Stage:
         self.paths = {**paths, **readers, "data": self.config.data.path}
         PartialState().wait_for_everyone()
         self.found = watch.newest(self.run.path / "checkpoints")
+        if self.found is not None:
+            watch.check_parents(self.found, self.parents, self.paths)
 
     def log_start(self, metrics: Mapping[str, float]) -> None:
         """Log what is known before the first step, where this start is to take it."""
@@ -279,7 +284,6 @@ class Stage:
             family=family,
             names=names,
             parents=self.parents,
-            paths=self.paths,
             keep=self.config.keep_checkpoints,
             max_skipped_in_a_row=self.config.max_skipped_in_a_row,
             rows_of=rows_of,

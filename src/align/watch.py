@@ -108,12 +108,28 @@ def newest(folder: Path) -> Path | None:
     return None if found[0] is None else Path(found[0])
 
 
+def check_parents(checkpoint: Path, parents: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+    """Hold a checkpoint against ``parents``, on the main process the hashes of what is at ``paths``; all ranks call.
+
+    Raises:
+        ValueError: it was trained from another one, which is named.
+    """
+    trained_from = runs.read_mapping(checkpoint / STATE)["parents"]
+    changed = [sorted(name for name, sha256 in parents.items() if trained_from.get(name) != sha256)]
+    broadcast_object_list(changed)
+    if changed[0]:
+        named = ", ".join(f"{name} ({paths[name]})" for name in changed[0])
+        raise ValueError(
+            f"{checkpoint} was trained from another {named} than is there now: put it back as it was, or choose "
+            "another out"
+        )
+
+
 class Watch(TrainerCallback):
     """Listens to a trainer for one run; every rank has one.
 
     ``names`` maps TRL's metrics to ours; others are logged as ``FAMILY/NAME``. ``rows_of`` names the rows of a step;
-    ``found`` is the checkpoint to go on from; ``parents`` are the hashes, on the main process, of what is read at
-    ``paths``.
+    ``found`` is the checkpoint to go on from.
     """
 
     def __init__(
@@ -124,7 +140,6 @@ class Watch(TrainerCallback):
         family: str,
         names: Mapping[str, str],
         parents: Mapping[str, str],
-        paths: Mapping[str, Path],
         keep: int,
         max_skipped_in_a_row: int,
         rows_of: Callable[[int], Sequence[str]],
@@ -138,7 +153,6 @@ class Watch(TrainerCallback):
         self._family = family
         self._names = {"loss": "train/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/lr", **names}
         self._parents = dict(parents)
-        self._paths = dict(paths)
         self._keep = max(FEWEST, keep)
         self._limit = min(max_skipped_in_a_row, steps)
         self._rows_of = rows_of
@@ -154,23 +168,11 @@ class Watch(TrainerCallback):
         return self.run.path / "checkpoints"
 
     def resume_from(self) -> Path | None:
-        """The checkpoint to go on from.
-
-        Raises:
-            ValueError: it was trained from another parent, which is named.
-        """
+        """The checkpoint to go on from."""
         found = self._found
         if found is None:
             return None
         state = runs.read_mapping(found / STATE)
-        changed = [sorted(name for name, sha256 in self._parents.items() if state["parents"].get(name) != sha256)]
-        broadcast_object_list(changed)
-        if changed[0]:
-            named = ", ".join(f"{name} ({self._paths[name]})" for name in changed[0])
-            raise ValueError(
-                f"{found} was trained from another {named} than is there now: put it back as it was, or choose another "
-                "out"
-            )
         self.last = dict(state["last"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         log.info("going on from %s", found)

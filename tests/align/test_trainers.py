@@ -150,7 +150,6 @@ def told(run: Any, family: str, logs: Sequence[dict[str, Any]], monkeypatch: pyt
         family=family,
         names={"reward": "rl/reward", "rewards/accuracies": "dpo/accuracy"},
         parents={},
-        paths={},
         keep=2,
         max_skipped_in_a_row=2,
         rows_of=lambda step: [],

@@ -245,12 +245,14 @@ def test_a_checkpoint_is_not_gone_on_with_in_other_tokens(
         with pytest.raises(runs.Stopped):
             module.run(config)
     before = checkpoints.content_hash(tmp_path / "model")
+    reference = (out / "reference/train.safetensors").read_bytes()
     edit(tmp_path / "model")
     assert checkpoints.content_hash(tmp_path / "model") == before
     with pytest.raises(
         ValueError, match=r"was trained from another tokenizer \(.*model\) than is there now: put it back"
     ):
         module.run(config)
+    assert (out / "reference/train.safetensors").read_bytes() == reference
 
 
 def test_steps_without_a_finite_gradient_end_the_run_and_never_reach_the_weights(
