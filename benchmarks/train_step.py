@@ -24,6 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
+from llamita.adapters import LoraConfig
 from llamita.distill import engines, launch, loop, lora, losses, optim, speed
 from llamita.distill.teachers import Attention, Batch, ResidentTeacher
 from llamita.shapes import PUBLISHED, LlamaShape
@@ -103,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device, with_adapters = accelerator.device, options.way == "adapters"
     dtype = config.precision.dtype(device)
     made = model(student, config.attention, dtype if with_adapters else torch.float32, device)
-    adapters = lora.LoraConfig(rank=RANK if with_adapters else 0)
+    adapters = LoraConfig(rank=RANK if with_adapters else 0)
     if with_adapters:
         lora.adapt(made, adapters, seed=0)
     teachers = []

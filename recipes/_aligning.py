@@ -87,16 +87,18 @@ def open_all(config: AlignConfig, kind: str) -> Given:
     return Given(stored.config, stored.dtype, encoder, data)
 
 
-def encoded(config: AlignConfig, given: Given, *, held_out: int) -> dict[str, preferences.Rows]:
-    """The pairs of both splits as ids, at most ``held_out`` of the second, evenly spaced; with 0 there is none.
+def open_pairs(config: AlignConfig, *, held_out: int) -> tuple[Given, dict[str, preferences.Rows]]:
+    """What is read, and the pairs of both splits as ids, of the second at most ``held_out``, evenly spaced; 0: none.
 
     Raises:
-        ValueError: there are none, or none fits.
+        ValueError: TRL is not installed, as :func:`open_all`, there are no pairs, or none fits.
     """
+    trainers.check_installed()
+    given = open_all(config, "pairs")
     if held_out:
         given.data.need("validation", "pairs", without="validation_pairs=0")
     pairs = {"train": given.data.pairs("train"), "validation": evenly(given.data.pairs("validation"), held_out)}
-    return {
+    return given, {
         split: preferences.encode(part, given.encoder, max_length=config.max_length, name=f"{split}.pairs.jsonl")
         for split, part in pairs.items()
         if part or split == "train"
@@ -154,6 +156,20 @@ def told(config: AlignConfig, *, steps: int, **more: Any) -> dict[str, Any]:
     return {**common, **more}
 
 
+def told_of_pairs(
+    config: AlignConfig, kind: type[Any], rows: Mapping[str, preferences.Rows], **more: Any
+) -> dict[str, Any]:
+    """As :func:`told`, of a trainer with settings ``kind`` that takes each pair as it is, in the order given.
+
+    Raises:
+        ValueError: there are too few pairs, or ``trainer`` has a key that ``kind`` has not or that is decided here.
+    """
+    steps = config.num_steps(len(rows["train"]))
+    found = told(config, steps=steps, max_length=None, train_sampling_strategy="sequential", **more)
+    trainers.check_keys(kind, config.trainer, found)
+    return found
+
+
 @dataclass
 class Stage:
     """One run at work on what it reads."""
@@ -169,7 +185,8 @@ class Stage:
         """Look at the node and the disk, and hash what is read; every rank comes here."""
         self.device = PartialState().device
         self.precision = self.config.precision.dtype(self.device)
-        trained = self.config.lora.rank or checkpoints.shape_of(self.given.config).num_parameters
+        shape = checkpoints.shape_of(self.given.config)
+        trained = self.config.lora.num_parameters(shape) or shape.num_parameters
         each = estimate.checkpoint_bytes(trained)
         wanted = max(watch.FEWEST, self.config.keep_checkpoints) + 1
         there = len(watch.steps_in(self.run.path / "checkpoints"))
@@ -182,13 +199,25 @@ class Stage:
         )
 
     def hash_parents(self, **paths: Path) -> None:
-        """Hash the models and the data on the main process, and look for a checkpoint to go on from."""
+        """Hash what is read on the main process, and look for a checkpoint to go on from.
+
+        A model's hash is that of its weights; how the trained one and a reward model read text is a parent of its own.
+
+        Raises:
+            ValueError: the checkpoint was trained from something else.
+        """
+        readers = {"tokenizer": paths["model"]}
+        if "reward" in paths:
+            readers["reward/tokenizer"] = paths["reward"]
         if runs.is_main_process():
             self.parents = {name: checkpoints.content_hash(path) for name, path in paths.items()}
+            self.parents |= {name: checkpoints.dialogue_hash(path) for name, path in readers.items()}
             self.parents["data"] = self.given.data.content_hash
-        self.paths = {**paths, "data": self.config.data.path}
+        self.paths = {**paths, **readers, "data": self.config.data.path}
         PartialState().wait_for_everyone()
         self.found = watch.newest(self.run.path / "checkpoints")
+        if self.found is not None:
+            watch.check_parents(self.found, self.parents, self.paths)
 
     def log_start(self, metrics: Mapping[str, float]) -> None:
         """Log what is known before the first step, where this start is to take it."""

@@ -172,12 +172,10 @@ def keep(
 
 def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str]) -> str:
     """A hash of everything that decides what is measured of a model, with what the files hold now."""
-    path = config.models[name].path
-    template = checkpoints.load_tokenizer(path).chat_template
     lists = sorted(config.task_path.rglob("*")) if config.tasks else []
     return blocks.identity(
         inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
-        tokenizer=[checkpoints.tokenizer_of(path), template],
+        tokenizer=checkpoints.dialogue_hash(config.models[name].path),
         rows=[[row.id for row in asked.dialogues], [row.id for row in asked.pairs]],
         tasks={str(file.relative_to(config.task_path)): runs.sha256(file) for file in lists if file.is_file()},
     )
@@ -316,6 +314,7 @@ def hashes(config: Any) -> dict[str, str]:
         found["data"] = DialogueData.open(config.data.path).content_hash
     if config.reward.path is not None:
         found["reward"] = checkpoints.content_hash(config.reward.path)
+        found["reward/tokenizer"] = checkpoints.dialogue_hash(config.reward.path)
     for group in ("safety", "choices"):
         found |= {f"{group}/{name}": runs.sha256(one.path) for name, one in getattr(config, group).items()}
     if config.listed_words is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import _outlook_distill
 from _world import Outlook, Rows, Talks, World, normal
 from llamita import checks, estimate, runs
+from llamita.adapters import LoraConfig
 from llamita.align.dialogues import SPLITS
 from llamita.data.tokens import num_cores
 from llamita.distill import fused, loop
-from llamita.distill.lora import LoraConfig
 from llamita.precision import Precision
 from llamita.shapes import LlamaShape
 
@@ -67,9 +67,7 @@ def preferences(config: Any, world: World, outlook: Outlook) -> None:
 
 def reward(config: Any, world: World, outlook: Outlook) -> None:
     """``reward``: as ``dpo`` without a reference; what it makes gives one number and is no language model."""
-    _aligned(config, world, outlook, "pairs", sequences=2, reference=False)
-    if isinstance(outlook.makes, LlamaShape):
-        outlook.makes = dataclasses.replace(outlook.makes, tie_word_embeddings=False, output_rows=1)
+    _aligned(config, world, outlook, "pairs", sequences=2, reference=False, is_judge=True)
 
 
 def reinforcement(config: Any, world: World, outlook: Outlook) -> None:
@@ -233,17 +231,20 @@ def _aligned(
     beside: Mapping[str, LlamaShape] | None = None,
     answers: int = 1,
     new: int = 0,
+    is_judge: bool = False,
 ) -> None:
     """Fine-tuning of ``model.path`` on rows of ``sequences`` sequences each.
 
     ``reference``: it is read once by the model as it was; ``beside`` are models that read it all the time; ``answers``
-    of ``new`` tokens are generated to each row, and are rows of the batch.
+    of ``new`` tokens are generated to each row, and are rows of the batch; ``is_judge``: a head for one number takes
+    the place of the output matrix.
     """
     talks = world.talks("data.path", config.data.path, outlook, kind)
     outlook.processes = world.processes
     if (shape := _language_model(config, world, outlook)) is None:
         return
-    outlook.makes, outlook.tokenizer = shape, world.tokenizer(config.model.path)
+    made = dataclasses.replace(shape, tie_word_embeddings=False, output_rows=1) if is_judge else shape
+    outlook.makes, outlook.tokenizer = made, world.tokenizer(config.model.path)
     micro = int(_given(config, "micro_batch_rows", "trainer.per_device_train_batch_size", default=1))
     accumulated = int(_given(config, "trainer.gradient_accumulation_steps", default=1))
     step = int(_given(config, "global_batch_rows", default=micro * accumulated * world.processes))
@@ -257,7 +258,8 @@ def _aligned(
     half = precision == Precision.bfloat16 or (precision == Precision.auto and world.hardware.is_gpu)
     stage = int(_given(config, "deepspeed.stage", default=0))
     kept = estimate.Precision.bfloat16 if stage else estimate.Precision.autocast
-    rank = int(_given(config, "lora.rank", default=0))
+    lora: LoraConfig = _given(config, "lora", default=LoraConfig())
+    new_head = made.hidden_size if lora.rank and is_judge and not lora.embeddings else 0
     on = "cuda" if world.hardware.is_gpu else "cpu"
     resident = [
         estimate.Teacher(name=name, shape=other, bytes_per_value=2 if half else 4)
@@ -280,7 +282,7 @@ def _aligned(
         kept_checkpoints=max(2, int(_given(config, "keep_checkpoints", default=2))),
         validation_rows=0,
         validation_every=0,
-        adapter_parameters=LoraConfig(rank=rank).num_parameters(shape) if rank else 0,
+        adapter_parameters=lora.num_parameters(made) + new_head,
     )
     outlook.parameters = {"model": shape.num_parameters}
     outlook.memory = {name.removeprefix("teacher "): size for name, size in estimate.training_memory(training).items()}

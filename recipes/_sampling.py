@@ -92,13 +92,13 @@ def plan(config: Any, data: DialogueData, asked: dict[str, list[Asked]], hashes:
         "seed": config.run.seed,
         "round": config.round,
         "dtype": config.dtype,
-        "tokenizer": checkpoints.tokenizer_of(config.model.path),
-        "template": checkpoints.load_tokenizer(config.model.path).chat_template,
+        "tokenizer": hashes["tokenizer"],
         "prompts": {split: [one.name for one in rows] for split, rows in asked.items()},
         "asked": [config.prompts, config.max_prompts, config.block_prompts],
     }
     made = blocks.identity(**told)
-    judged = blocks.identity(answers=made, reward=hashes.get("reward"), rows=config.reward.batch_rows)
+    judge = [hashes.get("reward"), hashes.get("reward/tokenizer")]
+    judged = blocks.identity(answers=made, reward=judge, rows=config.reward.batch_rows)
     return Work(asked, found, Store(config.out / "answers", made), Store(config.out / "scores", judged))
 
 
@@ -107,8 +107,10 @@ def hashes_of(config: Any, data: DialogueData, state: PartialState) -> dict[str,
     found = [{"data": data.content_hash}]
     if state.is_main_process:
         found[0]["model"] = checkpoints.content_hash(config.model.path)
+        found[0]["tokenizer"] = checkpoints.dialogue_hash(config.model.path)
         if config.reward.path is not None:
             found[0]["reward"] = checkpoints.content_hash(config.reward.path)
+            found[0]["reward/tokenizer"] = checkpoints.dialogue_hash(config.reward.path)
     if state.num_processes > 1:
         broadcast_object_list(found)
     return found[0]

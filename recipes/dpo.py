@@ -67,21 +67,11 @@ def check(config: Dpo) -> tuple[_aligning.Given, dict[str, preferences.Rows], di
     Raises:
         ValueError: settings, model and data do not go together.
     """
-    trainers.check_installed()
-    given = _aligning.open_all(config, "pairs")
-    rows = _aligning.encoded(config, given, held_out=config.validation_pairs)
+    given, rows = _aligning.open_pairs(config, held_out=config.validation_pairs)
     from trl.trainer.dpo_config import DPOConfig
 
-    told = _aligning.told(
-        config,
-        steps=config.num_steps(len(rows["train"])),
-        beta=config.beta,
-        max_length=None,
-        precompute_ref_log_probs=True,
-        train_sampling_strategy="sequential",
-    )
-    trainers.check_keys(DPOConfig, config.trainer, told)
-    return given, rows, told
+    ours = {"beta": config.beta, "precompute_ref_log_probs": True}
+    return given, rows, _aligning.told_of_pairs(config, DPOConfig, rows, **ours)
 
 
 def train(config: Dpo, this: runs.Run) -> None:
@@ -108,7 +98,7 @@ def train(config: Dpo, this: runs.Run) -> None:
         train_dataset=preferences.dataset(rows["train"], reference["train"]).select(order),
         data_collator=collate,
         processing_class=stage.tokenizer(model),
-        peft_config=config.lora.of_peft("CAUSAL_LM"),
+        peft_config=trainers.adapters(config.lora, model),
         nll_weight=config.nll_weight,
     )
     rows_of = _aligning.rows_of(order, rows["train"].ids, config.global_batch_rows)

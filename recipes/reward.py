@@ -57,9 +57,7 @@ def check(config: Reward) -> tuple[_aligning.Given, dict[str, preferences.Rows],
     Raises:
         ValueError: settings, model and data do not go together.
     """
-    trainers.check_installed()
-    given = _aligning.open_all(config, "pairs")
-    rows = _aligning.encoded(config, given, held_out=config.validation_pairs)
+    given, rows = _aligning.open_pairs(config, held_out=config.validation_pairs)
     if any(answer[-1] == given.encoder.borders.pad_id for answer in rows["train"].chosen):
         raise ValueError(
             f"model.path={config.model.path} pads with the token that ends a turn, where a reward is read: give its "
@@ -67,15 +65,8 @@ def check(config: Reward) -> tuple[_aligning.Given, dict[str, preferences.Rows],
         )
     from trl.trainer.reward_config import RewardConfig
 
-    told = _aligning.told(
-        config,
-        steps=config.num_steps(len(rows["train"])),
-        center_rewards_coefficient=config.center_weight or None,
-        max_length=None,
-        train_sampling_strategy="sequential",
-    )
-    trainers.check_keys(RewardConfig, config.trainer, told)
-    return given, rows, told
+    ours = {"center_rewards_coefficient": config.center_weight or None}
+    return given, rows, _aligning.told_of_pairs(config, RewardConfig, rows, **ours)
 
 
 def train(config: Reward, this: runs.Run) -> None:
@@ -105,7 +96,7 @@ def train(config: Reward, this: runs.Run) -> None:
         args=stage.arguments,
         train_dataset=preferences.dialogues(rows["train"]).select(order),
         processing_class=stage.tokenizer(model),
-        peft_config=config.lora.of_peft("SEQ_CLS"),
+        peft_config=trainers.adapters(config.lora, model),
     )
     rows_of = _aligning.rows_of(order, rows["train"].ids, config.global_batch_rows)
     metrics: dict[str, Any] = watch.train(trainer, stage.watch("reward", NAMES, rows_of, steps))

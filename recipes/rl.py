@@ -172,7 +172,7 @@ def train(config: Rl, this: runs.Run) -> None:
         args=stage.arguments,
         train_dataset=reinforce.dataset(prompts["train"]).select(order),
         processing_class=tokenizer,
-        peft_config=config.lora.of_peft("CAUSAL_LM"),
+        peft_config=trainers.adapters(config.lora, model),
         **reads,
     )
     trainer.encoder = given.encoder

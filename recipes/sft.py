@@ -23,11 +23,12 @@ import _training
 from _dialogue_rows import Wanted
 from _training import DataConfig, TrainingConfig
 from llamita import chat, checkpoints, runs
+from llamita.adapters import LoraConfig
 from llamita.align.dialogues import DialogueData
 from llamita.data import tokens
 from llamita.data.fit import Overlong
 from llamita.data.shards import PackedData
-from llamita.distill import launch, loop, lora, losses, optim, state, student, teachers
+from llamita.distill import launch, loop, losses, optim, state, student, teachers
 
 EPOCHS = 2.0
 """Where neither steps nor epochs are given."""
@@ -70,7 +71,7 @@ class Sft(loop.LoopConfig):
 
     fewest_steps: ClassVar[int] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
-    lora: lora.LoraConfig = field(default_factory=lora.LoraConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DialoguesConfig = field(default_factory=DialoguesConfig)
     sequence_length: int = 4096
     """Tokens per row; dialogues share rows, and do not see each other."""

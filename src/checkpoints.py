@@ -282,6 +282,18 @@ def tokenizer_of(path: Path) -> str | None:
     return tokenizer_hash(load_tokenizer(path)) if (path / "tokenizer.json").is_file() else None
 
 
+def dialogue_hash(path: Path) -> str:
+    """SHA-256 of what decides how the model in ``path`` reads a dialogue and ends an answer.
+
+    That is :func:`tokenizer_hash`, the chat template and which tokens are special.
+    """
+    tokenizer = load_tokenizer(path)
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    special = sorted(map(str, tokenizer.all_special_tokens))
+    text = json.dumps([tokenizer_hash(tokenizer), tokenizer.chat_template, ends, special], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trl.models.utils import unwrap_model_for_generation
@@ -32,13 +33,19 @@ class Prompted(Watched):
             self._step = self.state.global_step * self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
 
-    def whole_model(self) -> AbstractContextManager[Any]:
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # Adapters hide the wrapper that chooses the precision, and an embedding that is trained is float32 beside
+        # layers that rest in bfloat16.
+        with self.accelerator.autocast():  # type: ignore[attr-defined]
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def whole_model(self) -> Iterator[Any]:
         """The model to let it speak; whole on every rank while the context is open."""
-        context: AbstractContextManager[Any] = unwrap_model_for_generation(
-            self.model_wrapped,  # type: ignore[attr-defined]
-            self.accelerator,  # type: ignore[attr-defined]
-        )
-        return context
+        wrapped: Any = self.model_wrapped  # type: ignore[attr-defined]
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        with unwrap_model_for_generation(wrapped, accelerator) as model, accelerator.autocast():
+            yield model
 
 
 class GroupTrainer(Prompted, GRPOTrainer):
@@ -51,3 +58,8 @@ class LeaveOneOutTrainer(Prompted, RLOOTrainer):
 
 class OnPolicyTrainer(Prompted, DistillationTrainer):
     """Agarwal et al. (2023, arXiv:2306.13649): a teacher's whole distribution on what the student itself says."""
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL puts the loss in the place of the forward pass, and with it of the wrapper that chooses the precision.
+        with self.accelerator.autocast():
+            return super()._compute_loss(*args, **kwargs)  # type: ignore[no-untyped-call]

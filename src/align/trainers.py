@@ -26,46 +26,10 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llamita import runs
+from llamita.adapters import LoraConfig
 from llamita.precision import Precision
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class AdapterConfig:
-    """Whether adapters are trained in the place of the weights (Hu et al., 2021, arXiv:2106.09685)."""
-
-    rank: int = 0
-    """0: no adapters; all weights are trained."""
-    alpha: float | None = None
-    """The correction is multiplied by alpha / rank; unset: twice the rank."""
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank must be >= 0, got {self.rank}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha must be > 0 and finite, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout must be in 0..1, 1 excluded, got {self.dropout}")
-        if not self.rank and (self.alpha is not None or self.dropout):
-            raise ValueError("lora.alpha and lora.dropout need lora.rank, got 0")
-
-    def of_peft(self, task: str) -> Any:
-        """As peft wants it, for all projections of every layer; ``None`` without adapters."""
-        if not self.rank:
-            return None
-        import peft
-
-        return peft.LoraConfig(
-            r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            modules_to_save=["score"] if task == "SEQ_CLS" else None,
-            bias="none",
-            task_type=task,
-        )
 
 
 @dataclass(kw_only=True)
@@ -93,7 +57,7 @@ class TrainingConfig:
     precision: Precision = Precision.auto
     activation_checkpointing: bool = False
     """Keep only the inputs of each layer and compute the rest again in the backward pass."""
-    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     """More of TRL's own settings, passed on as they are."""
 
@@ -163,6 +127,25 @@ def order(rows: int, wanted: int, seed: int) -> list[int]:
     while len(found) < wanted:
         found += torch.randperm(rows, generator=generator).tolist()
     return found[:wanted]
+
+
+def adapters(lora: LoraConfig, model: Any) -> Any:
+    """As peft wants them for a trainer of ``model``; ``None`` without any.
+
+    What is trained whole is a copy beside the original, so that a model with its adapters switched off, which a trainer
+    takes as its reference, is the one that training began with. The two copies of a tied matrix are one again. The head
+    of a reward model is new and always trained.
+    """
+    if not lora.rank:
+        return None
+    if hasattr(model, "score"):
+        whole = ["score", "embed_tokens"] if lora.embeddings else ["score"]
+        return lora.of_peft(modules_to_save=whole, task_type="SEQ_CLS")
+    if not lora.embeddings:
+        return lora.of_peft(task_type="CAUSAL_LM")
+    is_tied = model.config.tie_word_embeddings
+    whole = ["embed_tokens"] if is_tied else ["embed_tokens", "lm_head"]
+    return lora.of_peft(modules_to_save=whole, ensure_weight_tying=is_tied, task_type="CAUSAL_LM")
 
 
 def check_installed() -> None:

@@ -108,6 +108,23 @@ def newest(folder: Path) -> Path | None:
     return None if found[0] is None else Path(found[0])
 
 
+def check_parents(checkpoint: Path, parents: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+    """Hold a checkpoint against ``parents``, on the main process the hashes of what is at ``paths``; all ranks call.
+
+    Raises:
+        ValueError: it was trained from another one, which is named.
+    """
+    trained_from = runs.read_mapping(checkpoint / STATE)["parents"]
+    changed = [sorted(name for name, sha256 in parents.items() if trained_from.get(name) != sha256)]
+    broadcast_object_list(changed)
+    if changed[0]:
+        named = ", ".join(f"{name} ({paths[name]})" for name in changed[0])
+        raise ValueError(
+            f"{checkpoint} was trained from another {named} than is there now: put it back as it was, or choose "
+            "another out"
+        )
+
+
 class Watch(TrainerCallback):
     """Listens to a trainer for one run; every rank has one.
 
@@ -151,17 +168,11 @@ class Watch(TrainerCallback):
         return self.run.path / "checkpoints"
 
     def resume_from(self) -> Path | None:
-        """The checkpoint to go on from.
-
-        Raises:
-            ValueError: it was trained from other weights or data.
-        """
+        """The checkpoint to go on from."""
         found = self._found
         if found is None:
             return None
         state = runs.read_mapping(found / STATE)
-        if agree_sum(runs.is_main_process() and state["parents"] != self._parents):
-            raise ValueError(f"{found} was trained from other models or data than those that are there now")
         self.last = dict(state["last"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         log.info("going on from %s", found)
@@ -326,6 +337,10 @@ def train(trainer: Any, watch: Watch) -> dict[str, float]:
         disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # peft copies a matrix as it rests; small steps would be lost in bfloat16.
+            parameter.data = parameter.data.float()
     resume = watch.resume_from()
     try:
         with watch.run.watchdog:

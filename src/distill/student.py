@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llamita import checkpoints, faults
+from llamita.adapters import LoraConfig
 from llamita.distill import lora
 from llamita.distill.teachers import Attention
 from llamita.shapes import SIZES, LlamaShape, SizesConfig
@@ -64,7 +65,7 @@ class StudentConfig:
     """A model directory; unset: ``shape`` with random weights."""
     init: Init = Init.checkpoint
     shape: ShapeConfig = field(default_factory=ShapeConfig)
-    lora: lora.LoraConfig = field(default_factory=lora.LoraConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self) -> None:
         """Raise ``ValueError`` unless it is said where the student comes from."""

@@ -64,6 +64,16 @@ def test_two_processes_learn_what_one_learns(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_and_an_embedding_learn_the_same_however_their_moments_are_spread(folder: Path) -> None:
+    """``lora_zero2`` was stopped and gone on with as well."""
+    whole, spread = folder / "lora_ddp", folder / "lora_zero2"
+    for metric in ("train/loss", "optim/grad_norm", "val/held_out/dpo_margin"):
+        assert steps_of(spread, metric) == pytest.approx(steps_of(whole, metric), rel=1e-4, abs=1e-5)
+    for got, expected in zip(*(checkpoints.load_model(path).parameters() for path in (spread, whole)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_stop_on_one_rank_is_heard_by_all(folder: Path) -> None:
     assert {(folder / f"zero2-{rank}.txt").read_text() for rank in (0, 1)} == {
         "stopped after step 3 of 4; start it again to go on"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 
+from conftest import tiny_model
 from llamita import checkpoints
-from llamita.align import trainers, watch
+from llamita.adapters import LoraConfig, Projection
+from llamita.align import reward_trainer, trainers, watch
 
 
 @dataclass
@@ -80,9 +84,31 @@ def test_a_setting_without_meaning_is_named(name: str, value: Any) -> None:
         trainers.TrainingConfig(**{name: value})
 
 
-def test_adapters_are_described_only_where_there_are_some() -> None:
-    with pytest.raises(ValueError, match=r"lora\.alpha and lora\.dropout need lora\.rank"):
-        trainers.AdapterConfig(alpha=3.0)
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_peft_trains_is_what_is_counted(tied: bool, embeddings: bool) -> None:
+    """A tied matrix once."""
+    model = tiny_model(tie_word_embeddings=tied)
+    lora = LoraConfig(rank=2, targets=[Projection.o_proj, Projection.down_proj], embeddings=embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted: Any = peft.get_peft_model(model, trainers.adapters(lora, model))
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert trained == lora.num_parameters(checkpoints.shape_of(model.config))
+    assert (adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_a_reward_model_trains_its_head_beside_the_adapters(embeddings: bool) -> None:
+    model = reward_trainer.with_score(tiny_model(tie_word_embeddings=True), pad_id=0, seed=0)
+    lora = LoraConfig(rank=2, targets=[Projection.o_proj], embeddings=embeddings)
+    adapted: Any = peft.get_peft_model(model, trainers.adapters(lora, model))
+    whole = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name}
+    assert whole == {"score", "embed_tokens"} if embeddings else {"score"}
+
+
+def test_without_adapters_peft_is_told_nothing() -> None:
+    assert trainers.adapters(LoraConfig(), tiny_model()) is None
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llamita import checkpoints, estimate, runs
+from llamita.adapters import LoraConfig
 from llamita.distill import loop, lora, losses
 
 SIZES = {
@@ -83,7 +84,7 @@ def test_the_memory_planned_is_within_fifteen_percent_of_the_memory_taken(
     with Peak() as peak, runs.start(tmp_path / "run", "toy", {}, runs.RunConfig()) as run:
         student = toy.model(1, hidden=256, **SIZES)
         shape = checkpoints.shape_of(student.config)
-        adapters = lora.LoraConfig(rank=rank)
+        adapters = LoraConfig(rank=rank)
         if rank:
             lora.adapt(student, adapters, seed=0)
         teachers = [toy.ResidentTeacher("big", toy.model(2, hidden=512, tied=False, **SIZES))] if with_teacher else []

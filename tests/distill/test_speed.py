@@ -11,7 +11,8 @@ import toy
 from torch.utils.flop_counter import FlopCounterMode
 
 from llamita import checkpoints, runs
-from llamita.distill import engines, lora, losses, speed
+from llamita.adapters import LoraConfig
+from llamita.distill import engines, losses, speed
 from llamita.distill.speed import Meter, Tally
 from llamita.metrics import read_metrics
 
@@ -73,7 +74,7 @@ def test_the_teachers_operations_are_told_apart() -> None:
 
 def test_resting_weights_cost_two_passes_and_adapters_six_operations() -> None:
     tally = Tally(1000, 5000, 900)
-    count = lora.LoraConfig(rank=4).num_parameters(SHAPE)
+    count = LoraConfig(rank=4).num_parameters(SHAPE)
     meter = Meter(student=SHAPE, adapter_parameters=count)
     assert meter.student_flops(tally) == 2 * tally.forward_flops(SHAPE) + 6 * 1000 * count
 

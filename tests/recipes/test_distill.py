@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import invented
 from conftest import REPOSITORY
 from llamita import checkpoints, runs
-from llamita.distill import hidden, lora, losses, optim, student
+from llamita.adapters import LoraConfig
+from llamita.distill import hidden, losses, optim, student
 from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
 from llamita.metrics import read_metrics
 from llamita.precision import Precision
@@ -123,7 +124,7 @@ def test_adapters_and_matched_layers_end_in_a_stock_llama_and_leave_no_trace_but
         module,
         data,
         out,
-        student=student.StudentConfig(path=teacher, lora=lora.LoraConfig(rank=2)),
+        student=student.StudentConfig(path=teacher, lora=LoraConfig(rank=2)),
         teachers={"big": TeacherConfig(path=teacher)},
         loss=losses.LossConfig(ce_weight=0.5, hidden=hidden.HiddenConfig(weight=0.1, layers=[0])),
         attention=Attention.documents,

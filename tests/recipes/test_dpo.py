@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import preferred
 from llamita import chat, checkpoints, runs
-from llamita.align import preferences, trainers, watch
+from llamita.adapters import LoraConfig, Projection
+from llamita.align import preferences, watch
 from llamita.distill import launch
 from llamita.metrics import read_metrics
 
@@ -129,6 +130,10 @@ def test_the_result_is_a_stock_model_that_ends_its_turns(finished: Path, folder:
     assert before == after
     provenance = runs.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"]["sha256"] == checkpoints.content_hash(folder / "model")
+    assert provenance["parents"]["tokenizer"] == {
+        "path": str(folder / "model"),
+        "sha256": checkpoints.dialogue_hash(folder / "model"),
+    }
     assert provenance["settings"]["beta"] == 0.1
     assert not {p.name for p in finished.glob("*.safetensors")} - {"model.safetensors"}
 
@@ -205,8 +210,50 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(
         with pytest.raises(runs.Stopped):
             module.run(config)
     preferred.model(tmp_path / "model", seed=1)
-    with pytest.raises(ValueError, match="trained from other models or data"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained from another model \(.*model\) than is there now"):
         module.run(config)
+
+
+def template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{# as before #}" + chat.TEMPLATE)
+
+
+def ends(model: Path) -> None:
+    tokenizer = checkpoints.load_tokenizer(model)
+    tokenizer.eos_token = chat.MESSAGE_END
+    tokenizer.save_pretrained(model)
+
+
+def words(model: Path) -> None:
+    definition = runs.read_mapping(model / "tokenizer.json")
+    runs.write_json(model / "tokenizer.json", definition | {"normalizer": {"type": "Lowercase"}})
+
+
+@pytest.mark.parametrize("edit", [template, ends, words])
+def test_a_checkpoint_is_not_gone_on_with_in_other_tokens(
+    edit: Callable[[Path], None],
+    recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights are the same; the tokenizer's files, or the template beside them, were edited."""
+    module, out = recipe("dpo"), tmp_path / "out"
+    preferred.model(tmp_path / "model")
+    preferred.data(tmp_path / "data")
+    config = settings(module, tmp_path, out)
+    with monkeypatch.context() as patch:
+        stop_after(1, out, patch)
+        with pytest.raises(runs.Stopped):
+            module.run(config)
+    before = checkpoints.content_hash(tmp_path / "model")
+    reference = (out / "reference/train.safetensors").read_bytes()
+    edit(tmp_path / "model")
+    assert checkpoints.content_hash(tmp_path / "model") == before
+    with pytest.raises(
+        ValueError, match=r"was trained from another tokenizer \(.*model\) than is there now: put it back"
+    ):
+        module.run(config)
+    assert (out / "reference/train.safetensors").read_bytes() == reference
 
 
 def test_steps_without_a_finite_gradient_end_the_run_and_never_reach_the_weights(
@@ -235,7 +282,7 @@ def test_adapters_end_in_a_stock_llama_of_which_only_the_projections_moved(
     recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, out = recipe("dpo"), tmp_path / "out"
-    config = settings(module, folder, out, lora=trainers.AdapterConfig(rank=2), learning_rate=1e-2)
+    config = settings(module, folder, out, lora=LoraConfig(rank=2), learning_rate=1e-2)
     with monkeypatch.context() as patch:
         stop_after(1, out, patch)
         with pytest.raises(runs.Stopped):
@@ -247,6 +294,54 @@ def test_adapters_end_in_a_stock_llama_of_which_only_the_projections_moved(
     assert all("proj" in name for name in changed)
     summary = runs.check_done(out)["summary"]
     assert summary["val/held_out/dpo_margin"] > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_trained_moves_the_policy_and_not_its_reference(
+    tied: bool, recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused head reads the output matrix itself; without adapters it finds the one that training began with."""
+    module, out = recipe("dpo"), tmp_path / "out"
+    preferred.model(tmp_path / "model", tie_word_embeddings=tied)
+    preferred.data(tmp_path / "data")
+    lora = LoraConfig(rank=2, embeddings=True, targets=[Projection.q_proj, Projection.up_proj])
+    config = settings(module, tmp_path, out, lora=lora, learning_rate=1e-2)
+    encoder = chat.Encoder(checkpoints.load_tokenizer(tmp_path / "model"))
+    collate = preferences.Collator(encoder.borders.pad_id, tuple(encoder.stop_ids))
+    rows = preferences.encode(preferred.pairs(10, 16), encoder, max_length=128, name="pairs")
+
+    def says(model: Any) -> torch.Tensor:
+        say = preferences.log_probabilities
+        return preferences.measured(model, rows, collate, say, batch=3, dtype=torch.float32)
+
+    said: dict[str, torch.Tensor] = {}
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        found = train(trainer, listener)
+        said["policy"] = says(trainer.model_wrapped)
+        with trainer.model.disable_adapter():
+            said["reference"] = says(trainer.model_wrapped)
+        return found
+
+    monkeypatch.setattr(watch, "train", trained)
+    with monkeypatch.context() as patch:
+        stop_after(1, out, patch)
+        with pytest.raises(runs.Stopped):
+            module.run(config)
+    module.run(config)
+    start, end = (checkpoints.load_model(path, dtype=torch.float32) for path in (tmp_path / "model", out))
+    assert torch.equal(said["reference"], says(preferences.with_fused_head(start)))
+    torch.testing.assert_close(said["policy"], says(preferences.with_fused_head(end)), rtol=1e-5, atol=1e-4)
+    assert (said["policy"] - said["reference"]).abs().min() > 0.1
+    before, after = (checkpoints.Weights(path) for path in (tmp_path / "model", out))
+    changed = {name for name in after.files if not torch.equal(before[name], after[name])}
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert changed == ends | {name for name in after.files if "q_proj" in name or "up_proj" in name}
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    assert type(stock).__name__ == "LlamaForCausalLM"
+    assert stock.config.tie_word_embeddings == tied
+    assert (stock.lm_head.weight is stock.model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize(
@@ -288,7 +383,7 @@ def test_settings_and_data_without_meaning_are_named(
             module,
             folder,
             tmp_path / "out",
-            lora=trainers.AdapterConfig(rank=2),
+            lora=LoraConfig(rank=2),
             deepspeed=launch.DeepSpeedConfig(stage=3),
         )
     preferred.data(tmp_path / "empty", {"train": {"tasks": preferred.tasks(0, 2)}})

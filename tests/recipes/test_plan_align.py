@@ -16,6 +16,7 @@ import yaml
 
 from conftest import tiny_model
 from llamita import checkpoints, estimate
+from llamita.adapters import LoraConfig, Projection
 from llamita.align import dialogues
 from llamita.data import tokens
 from llamita.shapes import PUBLISHED
@@ -254,11 +255,31 @@ def test_adapters_of_an_aligned_model_need_no_reference_of_their_own(
     recipe: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     """The model without its adapters is the reference."""
-    common = {"model": {"path": Path(ONE)}, "data": {"path": talks(tmp_path / "talks")}, "lora": {"rank": 8}}
+    common = {"model": {"path": Path(ONE)}, "data": {"path": talks(tmp_path / "talks")}, "lora": LoraConfig(rank=8)}
     outlook = looked("reinforcement", recipe, {**common, "kl_weight": 0.1})
     assert outlook.mistakes == []
     assert "reference" not in outlook.memory
     assert outlook.memory["resting weights"] == 2 * SMALL.num_parameters
+
+
+def test_what_is_trained_beside_resting_weights_is_counted(
+    plan: Planner, recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """An adapter of rank r holds r (in + out) values; an embedding is a float32 copy beside the one that rests."""
+    data = talks(tmp_path / "talks")
+    some = LoraConfig(rank=8, targets=[Projection.q_proj], embeddings=True)
+    common = {"model": {"path": Path(ONE)}, "data": {"path": data}, "lora": some}
+    adapters = SMALL.num_hidden_layers * 8 * (2048 + 2048)
+    embedding = 128_256 * 2048
+    dpo, reward = (looked(name, recipe, common) for name in ("preferences", "reward"))
+    assert dpo.memory["adapters"] == 4 * (adapters + embedding)
+    assert reward.memory["adapters"] == 4 * (adapters + embedding + 2048)
+    common["lora"] = LoraConfig(rank=8, targets=[Projection.q_proj])
+    assert looked("reward", recipe, common).memory["adapters"] == 4 * (adapters + 2048)
+    given = ["recipe=dpo", f"model.path={ONE}", f"data.path={data}", f"out={tmp_path / 'out'}", "hardware=h100"]
+    answer = plan(*given, "lora.rank=8", "lora.targets=[q_proj]", "lora.embeddings=true")
+    assert answer["mistakes"] == []
+    assert answer["stages"][0]["memory_bytes"]["adapters"] == dpo.memory["adapters"]
 
 
 def test_sampling_makes_dialogues_and_is_counted_by_its_answers(

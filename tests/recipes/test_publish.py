@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import invented
 from llamita import checkpoints, runs
+from llamita.adapters import LoraConfig
 from llamita.distill import optim, student
-from llamita.distill.lora import LoraConfig
 from llamita.precision import Precision
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 import preferred
 from llamita import chat, checkpoints, runs
-from llamita.align import reward_trainer, trainers, watch
+from llamita.adapters import LoraConfig
+from llamita.align import reward_trainer, watch
 from llamita.metrics import read_metrics
 
 
@@ -108,18 +109,22 @@ def test_a_reward_model_is_opened_as_weights_and_refused_as_a_language_model(fin
         checkpoints.load_model(finished)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    "lora",
+    [LoraConfig(), LoraConfig(rank=2), LoraConfig(rank=2, embeddings=True)],
+    ids=("all", "adapters", "embedding"),
+)
 def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
-    rank: int,
+    lora: LoraConfig,
     recipe: Callable[[str], ModuleType],
     folder: Path,
     tmp_path: Path,
     finished: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With adapters, the head is trained whole and everything else but the projections rests."""
+    """With adapters, the head is trained whole, perhaps the embedding, and all else but the projections rests."""
     module, out = recipe("reward"), tmp_path / "out"
-    config = settings(module, folder, out, lora=trainers.AdapterConfig(rank=rank))
+    config = settings(module, folder, out, lora=lora)
     listen = watch.Watch.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -132,12 +137,13 @@ def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
         with pytest.raises(runs.Stopped, match="stopped after step 3 of 8"):
             module.run(config)
     module.run(config)
-    if not rank:
+    if not lora.rank:
         assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
         return
     before, after = (checkpoints.Weights(path) for path in (folder / "model", out))
     changed = {name for name in after.files if name not in before.files or not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after.files if "proj" in name} | {"score.weight"}
+    whole = {"score.weight"} | ({"model.embed_tokens.weight"} if lora.embeddings else set())
+    assert changed == {name for name in after.files if "proj" in name} | whole
     assert runs.check_done(out)["summary"]["val/held_out/reward_margin"] > 0
 
 

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import preferred
 from llamita import chat, checkpoints, runs
+from llamita.adapters import LoraConfig, Projection
 from llamita.align import reinforce, reward_model, verifiers, watch
 from llamita.metrics import read_metrics
+from llamita.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,48 @@ def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
         assert summary["val/held_out/kl_to_teacher"] < summary["before/val/held_out/kl_to_teacher"]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "distill"])
+def test_an_embedding_that_is_trained_leaves_the_model_without_adapters_as_it_was(
+    method: str,
+    precision: str,
+    recipe: Callable[[str], ModuleType],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which is the reference that a policy stays near to; in bfloat16 it rests beside a float32 embedding."""
+    module, out = recipe("rl"), tmp_path / "out"
+    more: dict[str, Any] = {"method": module.Method(method), "precision": Precision(precision), "learning_rate": 1e-2}
+    more |= {"teacher": module.OtherModel(path=folder / "teacher")} if method == "distill" else {"kl_weight": 0.1}
+    lora = LoraConfig(rank=2, embeddings=True, targets=[Projection.v_proj])
+    ids = torch.arange(12)[None]
+    logits: list[torch.Tensor] = []
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        found = train(trainer, listener)
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+        with torch.no_grad(), trainer.model.disable_adapter():
+            logits.append(trainer.model.eval()(ids).logits)
+        return found
+
+    monkeypatch.setattr(watch, "train", trained)
+    module.run(settings(module, folder, out, lora=lora, **more))
+    start = checkpoints.load_model(folder / "model", dtype=checkpoints.dtype_named(precision))
+    with torch.no_grad():
+        assert torch.equal(logits[0].float(), start(ids).logits.float())
+    if precision == "float32":
+        before, after = (checkpoints.Weights(path) for path in (folder / "model", out))
+        changed = {name for name in after.files if not torch.equal(before[name], after[name])}
+        ends = {"model.embed_tokens.weight", "lm_head.weight"}
+        assert changed == ends | {name for name in after.files if "v_proj" in name}
+    if method != "distill":
+        kl = [row["rl/kl"] for row in read_metrics(out) if "rl/kl" in row]
+        assert kl[0] == pytest.approx(0, abs=1e-6 if precision == "float32" else 1e-2)
+        assert kl[-1] > 10 * abs(kl[0])
+
+
 def test_prompts_are_the_encoders_own(recipe: Callable[[str], ModuleType], folder: Path) -> None:
     """For all trainers, special tokens in what a user says included; and so does the template that is published."""
     recipe("rl")
@@ -170,7 +214,13 @@ def test_a_reward_model_is_asked_where_there_is_one(
     module.run(config)
     assert {name for name, _ in asked[:4]} == {f"task-{number}" for number in range(8, 12)}
     assert asked[0][1][0] == preferred.asked(8)
-    assert runs.check_done(tmp_path / "out")["parents"].keys() == {"model", "reward", "data"}
+    assert runs.check_done(tmp_path / "out")["parents"].keys() == {
+        "model",
+        "tokenizer",
+        "reward",
+        "reward/tokenizer",
+        "data",
+    }
 
 
 def test_the_divergence_is_that_of_dense_distributions(folder: Path) -> None:

@@ -72,7 +72,9 @@ def test_the_best_answers_are_a_directory_of_dialogues(made: Path, inputs: dict[
     done, samples = runs.check_done(made), lines(made / "samples.jsonl")
     assert done["parents"] == {
         "model": checkpoints.content_hash(inputs["model"]),
+        "tokenizer": checkpoints.dialogue_hash(inputs["model"]),
         "reward": checkpoints.content_hash(inputs["reward"]),
+        "reward/tokenizer": checkpoints.dialogue_hash(inputs["reward"]),
         "data": DialogueData.open(inputs["data"]).content_hash,
     }
     assert len(samples) == (6 + 3) * 4
@@ -107,7 +109,7 @@ def test_tasks_alone_are_judged_by_their_verifiers(
     samples = lines(tmp_path / "out" / "samples.jsonl")
     assert all(row["reward"] is None and 0 <= row["verified"] <= 1 for row in samples)
     assert all(row["verified"] >= 0.5 for row in samples if row["use"] == "chosen")
-    assert runs.read_done(tmp_path / "out")["parents"].keys() == {"model", "data"}
+    assert runs.read_done(tmp_path / "out")["parents"].keys() == {"model", "tokenizer", "data"}
 
 
 @pytest.mark.parametrize("at", [1, 4, 7])
@@ -149,6 +151,23 @@ def test_a_damaged_block_is_made_again(
     (out / "answers" / "train-00001.jsonl").write_text("{}\n")
     module.run(settings(module, inputs, out))
     assert contents(out) == contents(made)
+
+
+def test_answers_are_judged_again_by_a_reward_model_that_reads_otherwise(
+    recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its weights are the same, and so are the answers; the chat template beside them was edited."""
+    module, out = recipe("sample"), tmp_path / "out"
+    judge = shutil.copytree(inputs["reward"], tmp_path / "reward")
+    config = settings(module, inputs, out, reward=module.RewardConfig(path=judge))
+    module.run(config)
+    (out / "DONE.json").unlink()
+    files = [file for name in ("answers", "scores") for file in (out / name).iterdir()]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    (judge / "chat_template.jinja").write_text("{# as before #}" + chat.TEMPLATE)
+    module.run(config)
+    again = {file for file in files if file.stat().st_mtime_ns != before[file]}
+    assert again == {file for file in files if file.parent.name == "scores"}
 
 
 def test_another_selection_is_made_from_the_same_answers_until_the_run_is_finished(

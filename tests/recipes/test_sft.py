@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import REPOSITORY, tiny_model
 from llamita import chat, checkpoints, runs
+from llamita.adapters import LoraConfig
 from llamita.align import dialogues
 from llamita.data import tokens
 from llamita.data.fit import Overlong
 from llamita.data.shards import PackedData
 from llamita.distill import losses, optim
-from llamita.distill.lora import LoraConfig
 from llamita.distill.teachers import TeacherConfig
 from llamita.metrics import read_metrics
 from llamita.progress import Progress

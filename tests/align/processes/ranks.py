@@ -12,6 +12,7 @@ from accelerate import Accelerator
 import dpo
 import rl
 from llamita import runs
+from llamita.adapters import LoraConfig
 from llamita.align import verifiers, watch
 from llamita.align.dpo_trainer import PairTrainer
 from llamita.distill import launch
@@ -36,7 +37,7 @@ def settings(name: str, stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def prefer(name: str, stage: int, *, stop_at: int | None = None, bad_at: int | None = None) -> None:
+def prefer(name: str, stage: int, *, stop_at: int | None = None, bad_at: int | None = None, **more: Any) -> None:
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         if rank == 1 and state.global_step == stop_at:
             self.run.stop._flag.set()
@@ -49,7 +50,7 @@ def prefer(name: str, stage: int, *, stop_at: int | None = None, bad_at: int | N
     watch.Watch.on_step_end = on_step_end  # type: ignore[method-assign]
     PairTrainer._compute_loss = compute  # type: ignore[method-assign]
     rows = {"global_batch_rows": 10, "micro_batch_rows": 5 if stage == 0 else 1, "steps": 4, "max_skipped_in_a_row": 1}
-    dpo.run(dpo.Dpo(**settings(name, stage, **rows)))
+    dpo.run(dpo.Dpo(**settings(name, stage, **rows, **more)))
 
 
 def must_end(kind: type[Exception], name: str, stage: int, **more: Any) -> None:
@@ -67,11 +68,15 @@ def reward(name: str, stage: int) -> None:
     rl.run(rl.Rl(**settings(name, stage, **rows)))
 
 
+lora: dict[str, Any] = {"lora": LoraConfig(rank=2, embeddings=True)}
 # Those without DeepSpeed first: accelerate keeps it once it was there.
 prefer("ddp", 0)
 must_end(ValueError, "ddp_nan", 0, bad_at=3)
+prefer("lora_ddp", 0, **lora)
 reward("rl_ddp", 0)
 must_end(runs.Stopped, "zero2", 2, stop_at=3)
 prefer("zero2", 2)
 must_end(ValueError, "zero2_nan", 2, bad_at=3)
+must_end(runs.Stopped, "lora_zero2", 2, stop_at=3, **lora)
+prefer("lora_zero2", 2, **lora)
 reward("rl_zero3", 3)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita import runs
+from llamita.adapters import LoraConfig
 from llamita.distill import engines, hidden, launch, loop, lora, optim
 from llamita.distill.losses import IGNORE, LossConfig
 from llamita.distill.teachers import ResidentTeacher
@@ -55,7 +56,7 @@ def model(seed: int, *, hidden: int = 16, tied: bool = True, **overrides: Any) -
 def adapted(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
     """A model whose weights rest, with adapters."""
     student = model(seed)
-    lora.adapt(student, lora.LoraConfig(**{"rank": 4, **changes}), seed=3)
+    lora.adapt(student, LoraConfig(**{"rank": 4, **changes}), seed=3)
     return student
 
 
