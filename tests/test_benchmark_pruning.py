@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ import pruning_shapes
 import pruning_table
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints
+from llamita.prune import head, tie_steps, tune
 from llamita.prune.compensation import CompensationConfig
 from llamita.shapes import LlamaShape
 from pruning_shapes import Family
@@ -52,6 +54,19 @@ def test_a_budget_is_met_to_one_unit_of_mlp_width(family: Family) -> None:
         assert abs(gap) <= unit / 2
 
 
+@pytest.fixture
+def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many steps mend a cut decides neither on its shape nor on what is left to chance."""
+
+    def short(*arguments: Any, steps: int, **settings: Any) -> tune.Tuned:
+        return whole(*arguments, steps=min(steps, 1), **settings)
+
+    whole = tune.tune
+    for module in (tune, head, tie_steps):
+        monkeypatch.setattr(module, "tune", short)
+
+
+@pytest.mark.usefixtures("one_step")
 def test_every_method_makes_the_shape_that_it_is_asked_for(tmp_path: Path) -> None:
     bench = Stub(tmp_path)
     for family in Family:
@@ -62,6 +77,7 @@ def test_every_method_makes_the_shape_that_it_is_asked_for(tmp_path: Path) -> No
                     assert made.shape == target.shape, method.name
 
 
+@pytest.mark.usefixtures("one_step")
 def test_a_method_that_is_left_to_chance_changes_with_the_seed_and_only_with_it(tmp_path: Path) -> None:
     case = Stub(tmp_path).case
     for method in pruning_methods.methods():
@@ -259,8 +275,8 @@ def forward(weights: dict[str, Tensor], ids: Tensor, heads: int, keys: int) -> T
             seen_keys.append(turned(w["wk"][layer] @ y, position))
             seen_values.append(w["wv"][layer] @ y)
             mixed = torch.zeros(dim, dtype=torch.float64)
-            for head in range(heads):
-                mine, theirs = slice(head * size, (head + 1) * size), head // (heads // keys) * size
+            for number in range(heads):
+                mine, theirs = slice(number * size, (number + 1) * size), number // (heads // keys) * size
                 their = slice(theirs, theirs + size)
                 share = torch.stack([query[mine] @ key[their] for key in seen_keys]).div(size**0.5).softmax(0)
                 mixed[mine] = share @ torch.stack([value[their] for value in seen_values])

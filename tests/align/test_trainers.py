@@ -86,6 +86,7 @@ def test_a_setting_without_meaning_is_named(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # peft asks by the older name
 def test_what_peft_trains_is_what_is_counted(tied: bool, embeddings: bool) -> None:
     """A tied matrix once."""
     model = tiny_model(tie_word_embeddings=tied)
@@ -99,6 +100,7 @@ def test_what_peft_trains_is_what_is_counted(tied: bool, embeddings: bool) -> No
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # peft asks by the older name
 def test_a_reward_model_trains_its_head_beside_the_adapters(embeddings: bool) -> None:
     model = reward_trainer.with_score(tiny_model(tie_word_embeddings=True), pad_id=0, seed=0)
     lora = LoraConfig(rank=2, targets=[Projection.o_proj], embeddings=embeddings)
