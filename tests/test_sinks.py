@@ -95,7 +95,8 @@ def test_a_sink_that_hangs_delays_no_row_and_the_end_only_by_the_time_it_is_give
     sink = Recorder(**{place: never.wait})
     feed = sinks.Sinks({"stuck": sink})
     started = time.monotonic()
-    write(feed, 10_000)  # more than the queue holds
+    # A sink that never takes a row, and more of them than the queue holds; one that hangs at the end took all.
+    write(feed, sinks.QUEUE_ROWS if place == "close" else 2 * sinks.QUEUE_ROWS)
     assert time.monotonic() - started < 2
     started = time.monotonic()
     feed.close(seconds=0.3)
