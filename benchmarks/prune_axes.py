@@ -2,7 +2,8 @@
 
 python benchmarks/prune_axes.py outputs/demo/teacher outputs/demo/data
 
-Any directory of a small Llama with an untied head, and data of its tokenizer. Nothing is trained afterwards.
+Any directory of a small Llama with an untied head, and data of its tokenizer. Nothing is trained afterwards; what two
+matrices become one by is also the start of steps on that matrix and the final norm alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import pruning_methods
 from llamita import checkpoints
 from llamita.data import loader, shards
 from llamita.prune import importance, plan, stream, surgery
@@ -24,6 +26,7 @@ from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
 from llamita.prune.target import Pairs, TargetConfig, Tie
 from llamita.shapes import LlamaShape
 
+TIED_STEPS = (100, 200)
 Cut = tuple[str, str, TargetConfig, ScoreConfig]
 """Axis, choice, and what asks for it."""
 
@@ -96,8 +99,14 @@ def main() -> None:
                 kept, norm_gain=torch.ones_like(kept.norm_gain)
             )
         for name, one in plans.items():
-            loss = stream.mean_loss(surgery.Pruned(weights, one), held_out, dtype=exact)
-            print(f"| {axis} | {name} | {loss:.3f} |", flush=True)
+            pruned = surgery.Pruned(weights, one)
+            models: dict[str, stream.Model] = {name: pruned}
+            if one.tie is not None:
+                for steps in TIED_STEPS:
+                    config = dataclasses.replace(pruning_methods.OFF, tied_steps=steps)
+                    models[f"{name}, {steps} steps"] = pruning_methods.mended(pruned, text, config, "cpu")
+            for label, model in models.items():
+                print(f"| {axis} | {label} | {stream.mean_loss(model, held_out, dtype=exact):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

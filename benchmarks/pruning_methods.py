@@ -168,17 +168,21 @@ def ours(config: CompensationConfig, **kinds: Any) -> Cut:
         pruned = surgery.Pruned(case.weights, made)
         if not config.wanted:
             return pruned
-        # A step takes one batch, and the closed forms do not care: small batches are many steps' worth of text.
-        text = [
-            {name: tensor[first : first + STEP_ROWS] for name, tensor in batch.items()}
-            for batch in case.calibration
-            for first in range(0, len(batch["input_ids"]), STEP_ROWS)
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            mended = mend.mend(pruned, text, config, Path(folder), dtype=torch.float32, device=case.device)
-            return loaded(mended)
+        return mended(pruned, case.calibration, config, case.device)
 
     return make
+
+
+def mended(pruned: surgery.Pruned, text: list[stream.Batch], config: CompensationConfig, device: str) -> Loaded:
+    """The cut model fitted to the whole one."""
+    # A step takes one batch, and the closed forms do not care: small batches are many steps' worth of text.
+    batches = [
+        {name: tensor[first : first + STEP_ROWS] for name, tensor in batch.items()}
+        for batch in text
+        for first in range(0, len(batch["input_ids"]), STEP_ROWS)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return loaded(mend.mend(pruned, batches, config, Path(folder), dtype=torch.float32, device=device))
 
 
 WIDTHS = frozenset({Family.mlp, Family.width})

@@ -64,6 +64,7 @@ def prune(config: Any, world: World, outlook: Outlook) -> None:
         shard_bytes=checkpoints.SHARD_BYTES,
         second_order=second_order,
         mended=mended,
+        tied_steps=config.compensation.tied_steps,
     )
     # Once for the scores, once for surgery, once more for the content hash, and once for the whole stream of mending.
     outlook.read_bytes = (3.0 + mended) * stored * source.num_parameters

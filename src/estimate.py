@@ -348,17 +348,18 @@ def prune_memory(
     shard_bytes: int,
     second_order: bool = False,
     mended: bool = False,
+    tied_steps: int = 0,
 ) -> dict[str, float]:
     """Bytes of pruning that holds one decoder layer; pages of the mapped weight files apart.
 
     With ``second_order`` the covariance of a layer's units, its inverse, the Gram matrix of their outputs and what is
     compacted of them are held in float64; a ``mended`` layer has float32 weights, gradients, two moments and a copy of
-    its start, and the states of both streams before, inside and behind it. So has the output matrix in the end, beside
-    the whole model's; a tied one is fitted through all layers, which lie there as they are stored.
+    its start, and the states of both streams before, inside and behind it. So have the last layer and the output matrix
+    in the end, beside the whole model's; ``tied_steps`` of a tied one go through all layers, as they are stored.
 
     The passes follow each other: calibration holds a layer and the widest moment of one batch in it, surgery a layer
-    before and after, the new embedding and the shard that is being filled. The larger pass is the peak; the hidden
-    states of all calibration tokens, before and behind the final norm, stay with the process in both.
+    before and after, the new embedding and the shard that is being filled. The largest pass is the peak; the hidden
+    states of all calibration tokens, before and behind the final norm, stay with the process in all.
     """
     layer, hidden = source.layer_parameters, source.hidden_size
     # Residual, normed input, gate, its SiLU, up and their product; statistics widen one of them to float32.
@@ -368,31 +369,28 @@ def prune_memory(
         "calibration: one batch": float(batch_tokens * forward),
         "calibration: second order": float(second_order * 4 * 8 * source.intermediate_size**2),
     }
-    mending = {
-        "mending: one layer, whole and cut": float(mended * (compute_bytes * layer + 5 * 4 * target.layer_parameters)),
-        "mending: least squares": float(mended * 3 * 8 * target.intermediate_size**2),
-        "mending: one batch": float(
-            mended * batch_tokens * 16 * (2 * target.hidden_size + 4 * target.intermediate_size)
-        ),
-        "mending: output matrices": float(
-            mended * (target.output_rows or target.vocab_size) * (compute_bytes * hidden + 5 * 4 * target.hidden_size)
-        ),
-        "mending: all layers, for a tied matrix": float(
-            mended * target.tie_word_embeddings * stored_bytes * target.num_hidden_layers * target.layer_parameters
-        ),
-        "mending: states of both streams": float(
-            mended * tokens * (compute_bytes * hidden + 3 * 4 * target.hidden_size)
-        ),
+    both_streams = {
+        "mending: one layer, whole and cut": float(compute_bytes * layer + 5 * 4 * target.layer_parameters),
+        "mending: one batch": float(batch_tokens * 16 * (2 * target.hidden_size + 4 * target.intermediate_size)),
+        "mending: states of both streams": float(tokens * (compute_bytes * hidden + 3 * 4 * target.hidden_size)),
     }
+    mending = both_streams | {"mending: least squares": float(3 * 8 * target.intermediate_size**2)}
+    rows = target.output_rows or target.vocab_size
+    matrices = float(rows * (compute_bytes * hidden + 5 * 4 * target.hidden_size))
+    ending = both_streams | {"mending: output matrices": matrices}
+    if target.tie_word_embeddings and tied_steps:
+        all_layers = target.num_hidden_layers * target.layer_parameters
+        ending["mending: all layers, for the tied matrix"] = float(stored_bytes * all_layers)
     surgery = {
         "surgery: one layer, before and after": float(stored_bytes * (layer + target.layer_parameters)),
         "surgery: embedding": float(stored_bytes * target.vocab_size * target.hidden_size),
         "surgery: shard being written": float(min(shard_bytes, stored_bytes * target.num_parameters)),
     }
+    passes = [calibration, surgery, *([mending, ending] if mended else [])]
     return {
         "Python and its libraries": PYTHON_BYTES,
         "hidden states, before and behind the final norm": 2.0 * compute_bytes * tokens * hidden,
-    } | max(calibration, surgery, mending, key=lambda items: sum(items.values()))
+    } | max(passes, key=lambda items: sum(items.values()))
 
 
 def prune_flops(

@@ -270,6 +270,18 @@ def prune_memory(target: LlamaShape, **changes: int) -> dict[str, float]:
     return estimate.prune_memory(LLAMA_8B, target, **(numbers | changes))
 
 
+def test_a_tied_matrix_is_fitted_with_all_layers_at_hand() -> None:
+    """The larger of the two: a layer with its least squares, or what comes behind the last one."""
+    ways = [prune_memory(LLAMA_1B, mended=True, tied_steps=steps) for steps in (0, 1)]
+    layers = 2 * LLAMA_1B.num_hidden_layers * LLAMA_1B.layer_parameters
+    assert sum(ways[1].values()) - sum(ways[0].values()) == layers
+    matrices = ways[0]["mending: output matrices"]
+    assert matrices == LLAMA_1B.vocab_size * (2 * LLAMA_8B.hidden_size + 5 * 4 * LLAMA_1B.hidden_size)
+    assert "mending: least squares" not in ways[0]
+    untied = dataclasses.replace(LLAMA_1B, tie_word_embeddings=False)
+    assert prune_memory(untied, mended=True, tied_steps=1) == prune_memory(untied, mended=True)
+
+
 def test_pruning_holds_far_less_than_the_model() -> None:
     total = sum(prune_memory(LLAMA_1B).values())
     assert 2 * LLAMA_1B.num_parameters < total < 4 * estimate.GIB < 2 * LLAMA_8B.num_parameters / 3

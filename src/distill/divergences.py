@@ -130,7 +130,9 @@ def _evaluate(
         if temperature != 1:
             log_q = functional.log_softmax(logits_RV.div_(temperature), dim=-1)
             log_z = _log_z(logits_RV, log_q)
-        q = log_q.exp() if q1 is None or temperature != 1 else q1 if ce_weight == 0 else q1.clone()
+        q = q1 if q1 is not None and temperature == 1 else log_q.exp()
+        if q is q1 and ce_weight > 0:
+            q = q.clone()  # the slope is written over it; that of the cross-entropy reads q1 after that
         log_ps = [functional.log_softmax(one if temperature == 1 else one.div_(temperature), -1) for one in teachers_RV]
         teachers_log_z = [_log_z(one, log_p) for one, log_p in zip(teachers_RV, log_ps, strict=True)]
         slope = _add_divergence(sums, q, log_q, log_ps, objective, slope_RV is not None) if log_ps else q

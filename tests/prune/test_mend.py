@@ -24,18 +24,8 @@ from llamita.prune.stream import Runner
 from llamita.prune.streams import Streams
 from llamita.prune.target import TargetConfig
 from llamita.prune.tune import Objective, Tuned, tune
+from pruning_methods import CLOSED, OFF
 
-OFF = CompensationConfig(
-    gains=False,
-    readers=False,
-    values=False,
-    attention_steps=0,
-    writers=False,
-    layer_steps=0,
-    head_steps=0,
-    tied_steps=0,
-)
-CLOSED = dataclasses.replace(CompensationConfig(), attention_steps=0, layer_steps=0, head_steps=0, tied_steps=0)
 KINDS = ScoreConfig(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, layers=LayerScore.block_influence)
 SMALL = TargetConfig(
     num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_key_value_heads=1, num_attention_heads=2, head_dim=8

@@ -198,17 +198,23 @@ def test_a_crash_while_a_checkpoint_is_written_loses_that_one_alone(
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+def stopped(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a model and pairs in ``folder``, stop a run there behind its first step, and return its settings."""
+    preferred.model(folder / "model")
+    preferred.data(folder / "data")
+    config = settings(module, folder, folder / "out")
+    with monkeypatch.context() as patch:
+        stop_after(1, folder / "out", patch)
+        with pytest.raises(runs.Stopped):
+            module.run(config)
+    return config
+
+
 def test_a_checkpoint_of_another_model_is_not_gone_on_with(
     recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, out = recipe("dpo"), tmp_path / "out"
-    preferred.model(tmp_path / "model")
-    preferred.data(tmp_path / "data")
-    config = settings(module, tmp_path, out)
-    with monkeypatch.context() as patch:
-        stop_after(1, out, patch)
-        with pytest.raises(runs.Stopped):
-            module.run(config)
+    module = recipe("dpo")
+    config = stopped(module, tmp_path, monkeypatch)
     preferred.model(tmp_path / "model", seed=1)
     with pytest.raises(ValueError, match=r"checkpoint-2 was trained from another model \(.*model\) than is there now"):
         module.run(config)
@@ -237,23 +243,17 @@ def test_a_checkpoint_is_not_gone_on_with_in_other_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The weights are the same; the tokenizer's files, or the template beside them, were edited."""
-    module, out = recipe("dpo"), tmp_path / "out"
-    preferred.model(tmp_path / "model")
-    preferred.data(tmp_path / "data")
-    config = settings(module, tmp_path, out)
-    with monkeypatch.context() as patch:
-        stop_after(1, out, patch)
-        with pytest.raises(runs.Stopped):
-            module.run(config)
+    module = recipe("dpo")
+    config = stopped(module, tmp_path, monkeypatch)
     before = checkpoints.content_hash(tmp_path / "model")
-    reference = (out / "reference/train.safetensors").read_bytes()
+    reference = (config.out / "reference/train.safetensors").read_bytes()
     edit(tmp_path / "model")
     assert checkpoints.content_hash(tmp_path / "model") == before
     with pytest.raises(
         ValueError, match=r"was trained from another tokenizer \(.*model\) than is there now: put it back"
     ):
         module.run(config)
-    assert (out / "reference/train.safetensors").read_bytes() == reference
+    assert (config.out / "reference/train.safetensors").read_bytes() == reference
 
 
 def test_steps_without_a_finite_gradient_end_the_run_and_never_reach_the_weights(

@@ -33,6 +33,7 @@ from llamita.prune.compensation import CompensationConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.target import TargetConfig, target_shape
 from llamita.shapes import PUBLISHED
+from pruning_methods import OFF
 
 SMALL = (
     "target.num_hidden_layers=2",
@@ -55,18 +56,6 @@ CHEAP = (
     "compensation.tied_steps=2",
 )
 """One cheap pass and few steps; what a test says of them itself comes later and holds."""
-
-
-OFF = CompensationConfig(
-    gains=False,
-    readers=False,
-    values=False,
-    attention_steps=0,
-    writers=False,
-    layer_steps=0,
-    head_steps=0,
-    tied_steps=0,
-)
 
 
 def prepare(recipe: Callable[[str], ModuleType], folder: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:

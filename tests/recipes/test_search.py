@@ -18,12 +18,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import invented
+import pruning_methods
 from conftest import REPOSITORY, tiny_model
 from llamita import chat, checkpoints, runs
 from llamita.data import loader, shards
 from llamita.metrics import read_metrics
 from llamita.prune import mend, plan, search, stream, surgery
-from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import Scores
 from llamita.prune.target import TargetConfig
@@ -47,7 +47,7 @@ LINE = (
 )
 
 
-CLOSED = [f"compensation.{part}_steps=0" for part in ("attention", "layer", "head")]
+CLOSED = [f"compensation.{part}_steps=0" for part in ("attention", "layer", "head", "tied")]
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,15 @@ def test_candidates_are_ranked_by_the_loss_of_what_is_cut_and_mended(
     split = shards.PackedData.open(data).split("validation")
     rows = list(loader.Sequential(split, batch_rows=4, max_rows=8))
     text = list(loader.Sequential(shards.PackedData.open(data).split("train"), batch_rows=4, max_rows=16))
-    closed = CompensationConfig(attention_steps=0, layer_steps=0, head_steps=0, tied_steps=0)
     pad = chat.borders(checkpoints.load_tokenizer(data / "tokenizer")).pad_id
     assert len(found) == 4
     for candidate in found:
         assert candidate.costs["parameters"] == candidate.shape.num_parameters <= 100_000
         target = TargetConfig(**search.sizes_of(candidate.shape))  # type: ignore[arg-type]
         cut = surgery.Pruned(weights, plan.make(scores, weights.shape, target, ScoreConfig()))
-        mended = mend.mend(cut, text, closed, tmp_path / candidate.name, dtype=torch.float32, pad_id=pad)
+        mended = mend.mend(
+            cut, text, pruning_methods.CLOSED, tmp_path / candidate.name, dtype=torch.float32, pad_id=pad
+        )
         assert candidate.loss == pytest.approx(stream.mean_loss(mended, rows, dtype=torch.float32), abs=1e-6)
     assert not list((finished / "mended").iterdir())
     losses = [candidate.loss or 0.0 for candidate in found]
