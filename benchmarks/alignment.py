@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from llamita import runs
+from llamita import runs, storage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = ("sft", "lora", "sample", "dpo", "rl", "held_out", "assistants")
@@ -60,7 +60,7 @@ def run(name: str, stage: Mapping[str, Any], demo: Path, out: Path, seed: int) -
 
 def figures(out: Path) -> dict[str, dict[str, float]]:
     """Of one seed: each model's figures by name, and what the stages report of themselves."""
-    told = runs.read_mapping(out / "assistants" / "results.json")["models"]
+    told = storage.read_mapping(out / "assistants" / "results.json")["models"]
     found = {name: {key: one["value"] for key, one in told[name]["values"].items()} for name in MODELS}
     for name in ("dpo", "rl"):
         summary = runs.check_done(out / name)["summary"]

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from llamita import chat, checkpoints, evaluate, runs
+from llamita import chat, checkpoints, evaluate, harness, storage
 from llamita.align import (
     assistants,
     blocks,
@@ -127,7 +127,7 @@ def measure(
         # The template that the answers to everything else are asked with.
         tokenizer.chat_template = tokenizer.chat_template or chat.TEMPLATE
         seed = config.run.seed
-        scores = evaluate.run_tasks(model, tokenizer, config.tasks, config.task_path, config.task, seed=seed)
+        scores = harness.run_tasks(model, tokenizer, config.tasks, config.task_path, config.task, seed=seed)
     prompts = [generation.Prompt(name, encoder.prompt(messages)) for name, messages in asked.prompts().items()]
     sampler: generation.Sampler = generation.TransformersSampler(model, encoder, config.sampling)
     if config.sampling.backend is generation.Backend.vllm:
@@ -163,11 +163,11 @@ def keep(
     path.parent.mkdir(exist_ok=True)
     prompts = asked.prompts()
     lines = [
-        json.dumps({"id": name, "prompt": list(prompts[name]), **runs.plain(answer)}, ensure_ascii=False)
+        json.dumps({"id": name, "prompt": list(prompts[name]), **storage.plain(answer)}, ensure_ascii=False)
         for name, answer in answers.items()
     ]
-    runs.write_atomically(path.with_suffix(".answers.jsonl"), "".join(f"{line}\n" for line in lines))
-    runs.write_json(path, {"made_from": made_from, "measures": measures, "tasks": scores})
+    storage.write_atomically(path.with_suffix(".answers.jsonl"), "".join(f"{line}\n" for line in lines))
+    storage.write_json(path, {"made_from": made_from, "measures": measures, "tasks": scores})
 
 
 def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str]) -> str:
@@ -177,7 +177,7 @@ def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str
         inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
         tokenizer=checkpoints.dialogue_hash(config.models[name].path),
         rows=[[row.id for row in asked.dialogues], [row.id for row in asked.pairs]],
-        tasks={str(file.relative_to(config.task_path)): runs.sha256(file) for file in lists if file.is_file()},
+        tasks={str(file.relative_to(config.task_path)): storage.sha256(file) for file in lists if file.is_file()},
     )
 
 
@@ -185,7 +185,7 @@ def is_measured(file: Path, made_from: str | None) -> bool:
     """Whether a former start has measured this, of the same models and data, as the main process knows."""
     if made_from is None or not file.is_file():
         return False
-    if runs.read_mapping(file).get("made_from") == made_from:
+    if storage.read_mapping(file).get("made_from") == made_from:
         return True
     log.warning("%s was measured on other models or data than are there now: it is measured again", file)
     return False
@@ -316,9 +316,9 @@ def hashes(config: Any) -> dict[str, str]:
         found["reward"] = checkpoints.content_hash(config.reward.path)
         found["reward/tokenizer"] = checkpoints.dialogue_hash(config.reward.path)
     for group in ("safety", "choices"):
-        found |= {f"{group}/{name}": runs.sha256(one.path) for name, one in getattr(config, group).items()}
+        found |= {f"{group}/{name}": storage.sha256(one.path) for name, one in getattr(config, group).items()}
     if config.listed_words is not None:
-        found["listed_words"] = runs.sha256(config.listed_words)
+        found["listed_words"] = storage.sha256(config.listed_words)
     return found
 
 

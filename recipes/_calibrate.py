@@ -14,7 +14,7 @@ import torch
 import torch.distributed as distributed
 from omegaconf import MISSING
 
-from llamita import chat, checkpoints, checks, runs
+from llamita import chat, checkpoints, checks, faults, runs
 from llamita.data import loader, shards
 from llamita.progress import Progress
 from llamita.prune import importance, stream
@@ -183,5 +183,5 @@ def score(
     if runs.is_main_process():
         measured.save(folder)
         partial.unlink(missing_ok=True)
-    runs.crash_point("after_scores")
+    faults.crash_point("after_scores")
     return measured

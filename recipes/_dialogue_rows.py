@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from llamita import chat, checkpoints, faults, runs
+from llamita import chat, checkpoints, faults, manifests, runs, storage
 from llamita.align.dialogues import Dialogue, DialogueData, Refused
 from llamita.data import fit, shards, tokens
 from llamita.data.fit import Overlong
@@ -104,7 +104,7 @@ def _wait(folder: Path, this: runs.Run) -> None:
 
 def counts(folder: Path) -> dict[str, float]:
     """What became of the dialogues, as metrics."""
-    manifest = runs.read_mapping(folder / shards.MANIFEST)
+    manifest = storage.read_mapping(folder / shards.MANIFEST)
     found: dict[str, float] = {}
     for name, entry in manifest["splits"].items():
         prefix = "sft/" if name == "train" else f"sft/{name}_"
@@ -114,9 +114,9 @@ def counts(folder: Path) -> dict[str, float]:
 
 
 def _check(folder: Path, wanted: Wanted) -> None:
-    if reason := checkpoints.check_manifest(folder, hashes=True):
+    if reason := manifests.check_manifest(folder, hashes=True):
         raise ValueError(f"{folder} is damaged: {reason}; remove it, and it is made again")
-    made = runs.read_mapping(folder / shards.MANIFEST)["made_from"]
+    made = storage.read_mapping(folder / shards.MANIFEST)["made_from"]
     if other := [name for name, value in wanted.identity.items() if made.get(name) != value]:
         raise ValueError(
             f"{folder} was made from other {', '.join(other)} than data.path={wanted.data.path} and "
@@ -134,7 +134,7 @@ def _make(folder: Path, wanted: Wanted, this: runs.Run) -> None:
         for split in wanted.splits:
             streams[split] = _encode(split, wanted, scratch)
             _stop_if_asked(this)
-        with checkpoints.publishing(folder) as temporary:
+        with manifests.publishing(folder) as temporary:
             _write(temporary, streams, wanted)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -229,7 +229,7 @@ def _write(folder: Path, streams: dict[str, _Encoded], wanted: Wanted) -> None:
     }
     tokens.save(wanted.tokenizer, wanted.model, folder / shards.TOKENIZER)
     speak(wanted.model, wanted.tokenizer, encoder, folder / shards.TOKENIZER)
-    runs.write_json(folder / shards.MANIFEST, manifest)
+    storage.write_json(folder / shards.MANIFEST, manifest)
 
 
 def speak(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: chat.Encoder, folder: Path) -> None:
@@ -237,10 +237,10 @@ def speak(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: chat.Encoder
     if not tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
     file = model / GENERATION
-    settings = runs.read_mapping(file) if file.is_file() else {}
+    settings = storage.read_mapping(file) if file.is_file() else {}
     settings.pop("_from_model_config", None)  # it would be made anew from config.json
     ends = {"bos_token_id": encoder.borders.bos_id, "eos_token_id": encoder.stop_ids}
-    runs.write_json(folder / GENERATION, {**settings, **ends, "pad_token_id": encoder.borders.pad_id})
+    storage.write_json(folder / GENERATION, {**settings, **ends, "pad_token_id": encoder.borders.pad_id})
 
 
 def _stop_if_asked(this: runs.Run) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llamita import faults, locks, runs
+from llamita import faults, locks, runs, storage
 from llamita.progress import progress_bars
 
 POLL_SECONDS = 0.2
@@ -265,7 +265,7 @@ class _Screen:
 
     def show(self, item: _Running) -> None:
         name, now = item.job.name, time.monotonic()
-        state = runs.read_json(item.progress) if item.progress.is_file() else None
+        state = storage.read_json(item.progress) if item.progress.is_file() else None
         if self._bars is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=None, note="")

@@ -34,7 +34,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llamita import redaction, runs
+from llamita import redaction, runs, storage
 
 T = TypeVar("T")
 _made_by_hydra: list[Path] = []
@@ -72,7 +72,7 @@ def settings(cfg: DictConfig, schema: type[T]) -> T:
         _made_by_hydra.append(Path(HydraConfig.get().runtime.output_dir))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     assert isinstance(config, schema)
-    _refuse_secrets(runs.plain(config))
+    _refuse_secrets(storage.plain(config))
     mappings = {name: value for name, value in vars(config).items() if isinstance(value, dict)}
     if wrong := [line for name, value in mappings.items() for key in value for line in runs.names({name: key})]:
         raise ValueError("\n".join(wrong))

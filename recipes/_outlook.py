@@ -24,7 +24,7 @@ from _world import (
     split_of,
     tokenizer_mistakes,
 )
-from llamita import checkpoints, checks, estimate, evaluate, redaction, runs
+from llamita import checkpoints, checks, estimate, evaluate, harness, redaction, runs, storage
 from llamita.data import sources, tokens
 from llamita.distill.teachers import Attention
 from llamita.shapes import PUBLISHED, LlamaShape
@@ -126,7 +126,7 @@ def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outl
 
 def _common(config: Any, world: World, outlook: Outlook) -> None:
     """What is checked for every recipe."""
-    settings = runs.plain(config)
+    settings = storage.plain(config)
     outlook.mistakes += redaction.secrets_in(settings)
     outlook.mistakes += runs.names({"the last part of out": config.out.absolute().name})
     outlook.mistakes += runs.names({"run.project": config.run.project})
@@ -257,7 +257,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
             teacher=teacher,
         )
     if config.tasks:
-        outlook.mistakes += checks.errors_of(lambda: evaluate.task_manager(config.tasks, config.task_path))
+        outlook.mistakes += checks.errors_of(lambda: harness.task_manager(config.tasks, config.task_path))
         outlook.notes.append("the time of lm-eval tasks is not counted")
     outlook.read_bytes = 2.0 * value * sum(outlook.parameters.values())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _world import DTYPE_BYTES, Outlook, World, normal, same_tokens, split_of
-from llamita import checkpoints, checks, estimate, runs
+from llamita import checkpoints, checks, estimate, storage
 from llamita.prune.ranking import check_wanted
 from llamita.prune.scores import LayerScore
 from llamita.prune.target import target_shape
@@ -110,5 +110,5 @@ def _wanted(source: LlamaShape, target: LlamaShape, config: Any, world: World) -
 def _dtype(path: Path) -> str:
     if not (path / "config.json").is_file():
         return "bfloat16"
-    config = runs.read_json(path / "config.json")
+    config = storage.read_json(path / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype"))

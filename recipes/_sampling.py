@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.align import blocks, generation, rejection
 from llamita.align.blocks import Block, Store
 from llamita.align.dialogues import SPLITS, DialogueData, Refused
@@ -142,7 +142,7 @@ def answer_all(config: Any, work: Work, state: PartialState, run: runs.Run, enco
             prompts = [generation.Prompt(one.name, encoder.prompt(one.messages)) for one in rows]
             settings = {"samples": config.samples_per_prompt, "seed": config.run.seed, "number": config.round}
             drawn = sampler.draw(prompts, **settings)
-            told = [{"id": one.name, "answers": runs.plain(got)} for one, got in zip(rows, drawn, strict=True)]
+            told = [{"id": one.name, "answers": storage.plain(got)} for one, got in zip(rows, drawn, strict=True)]
             work.answers.write(block, told)
             every = [answer for got in drawn for answer in got]
             cut = sum(not answer.finished for answer in every) / len(every)

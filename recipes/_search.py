@@ -19,7 +19,7 @@ from rich.table import Table
 from _calibrate import CalibrationConfig, calibration
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
-from llamita import checkpoints, checks, runs, stops
+from llamita import checkpoints, checks, faults, runs, stops, storage
 from llamita.prune import mend, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.search import BudgetConfig, Candidate
@@ -84,13 +84,13 @@ class Record:
     def of(cls, run: runs.Run, whole: Callable[[], float], choose: Callable[[float], list[Candidate]]) -> Record:
         """The record of an earlier start, or a new one."""
         if not (run.path / WHOLE).is_file():
-            runs.write_json(run.path / WHOLE, {"loss": whole()})
-        loss = float(runs.read_mapping(run.path / WHOLE)["loss"])
+            storage.write_json(run.path / WHOLE, {"loss": whole()})
+        loss = float(storage.read_mapping(run.path / WHOLE)["loss"])
         candidates = search.load(run.path)
         if not candidates:
             candidates = choose(loss)
             search.save(candidates, run.path)
-            runs.crash_point("after_choice")
+            faults.crash_point("after_choice")
         return cls(run, loss, candidates)
 
     def note(self, candidate: Candidate, **found: float) -> None:
@@ -103,7 +103,7 @@ class Record:
         # Findings are counted, so that a restart's rows stand behind those of the start before.
         known = sum((c.loss is not None) + (c.recovered is not None) for c in self.candidates)
         self.run.log({"candidate": candidate.name, **named}, step=known - 1)
-        runs.crash_point("after_candidate")
+        faults.crash_point("after_candidate")
 
 
 def arguments(config: DistillConfig, student: Path, teacher: Path, data: Path, out: Path) -> list[str]:
@@ -205,7 +205,7 @@ def write_target(shape: LlamaShape, target: TargetConfig, source: Path, out: Pat
     fields |= {} if target.tie is None else {"tie": target.tie.value}
     head = f"# found by a search in {source.name}: {shape.num_parameters:,} parameters\n"
     (out / TARGET).parent.mkdir(exist_ok=True)
-    runs.write_atomically(out / TARGET, head + yaml.safe_dump(fields, sort_keys=False))
+    storage.write_atomically(out / TARGET, head + yaml.safe_dump(fields, sort_keys=False))
 
 
 def show(whole: float, candidates: Sequence[Candidate], budget: BudgetConfig) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from llamita import runs
+from llamita import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("recipes", "src", "configs", "slurm", "typings", "pyproject.toml")
@@ -238,9 +238,9 @@ class Snapshot:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, target, follow_symlinks=False)
                 if not target.is_symlink():
-                    runs.fsync(target)
+                    storage.fsync(target)
             temporary.rename(self.path)
-            runs.fsync(self._out)
+            storage.fsync(self._out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -287,7 +287,7 @@ def submit(stage: BatchStage, launcher: LauncherConfig, snapshot: Snapshot, *, a
     (stage.out / "slurm").mkdir(parents=True, exist_ok=True)  # Slurm drops the log, in silence, without its folder
     (stage.out / "control" / "stop").unlink(missing_ok=True)
     file.parent.mkdir(exist_ok=True)
-    runs.write_atomically(file, text)
+    storage.write_atomically(file, text)
     return _sbatch(snapshot.path, arguments)
 
 

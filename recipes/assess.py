@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import _assessing
-from llamita import checkpoints, checks, evaluate, runs
+from llamita import checkpoints, checks, evaluate, harness, runs, storage
 from llamita.align import assistants, choices, generation, reward_model
 from llamita.align.assistants import Measures
 from llamita.progress import Progress
@@ -88,8 +88,8 @@ class Assess:
     """Names of lm-eval tasks."""
     task_path: Path = TASKS
     """Folder of task files beside lm-eval's own."""
-    task: evaluate.TaskConfig = field(
-        default_factory=lambda: evaluate.TaskConfig(apply_chat_template=True, fewshot_as_multiturn=True)
+    task: harness.TaskConfig = field(
+        default_factory=lambda: harness.TaskConfig(apply_chat_template=True, fewshot_as_multiturn=True)
     )
     dtype: str | None = None
     """Of weights and forward pass; unset: as the weights are stored."""
@@ -135,7 +135,7 @@ def check(config: Assess) -> _assessing.Questions:
     config.sampling.check()
     checks.refuse(checks.device_here("device", config.device))
     if config.tasks:
-        evaluate.check_tasks(config.tasks, config.task_path)
+        harness.check_tasks(config.tasks, config.task_path)
     if config.reward.path is not None:
         reward_model.load_config(config.reward.path)
     readers = {name: _assessing.Reader.of(name, model.path) for name, model in config.models.items() if model.path}
@@ -153,7 +153,7 @@ def run(config: Assess) -> None:
         raise ValueError(f"sampling.backend=vllm runs in one process, got {state.num_processes}")
     finished = (config.out / "DONE.json").is_file()
     asked = None if finished else check(config)  # mistakes are found before anything is written
-    with runs.start(config.out, "assess", runs.plain(config), config.run) as this:
+    with runs.start(config.out, "assess", storage.plain(config), config.run) as this:
         if this.done or asked is None:
             return
         files = {name: config.out / "measured" / f"{name}.json" for name in config.models}
@@ -164,7 +164,7 @@ def run(config: Assess) -> None:
                 if not _assessing.agreed(_assessing.is_measured(files[name], made[name])):
                     _assessing.assess(name, config, asked, files[name], made[name])
         if state.is_main_process:
-            told = {name: runs.read_mapping(file) for name, file in files.items()}
+            told = {name: storage.read_mapping(file) for name, file in files.items()}
             publish(config, this, told, hashes, asked.left_out)
 
 
@@ -183,7 +183,7 @@ def publish(config: Assess, this: runs.Run, told: dict[str, Any], parents: dict[
         logged |= {f"eval/{t}/{m}": v["value"] for t, scores in one["tasks"].items() for m, v in scores.items()}
         this.log({"model": name, **logged}, step=step)
     log.info("\n%s", _assessing.table({n: values[n] | _assessing.scores(one["tasks"]) for n, one in told.items()}))
-    runs.write_json(
+    storage.write_json(
         config.out / FILE, {"models": models, "differences": gaps, "first": next(iter(told)), "left_out": left_out}
     )
     names = [str(file.relative_to(config.out)) for file in sorted((config.out / "measured").iterdir())]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.align import averaging
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def run(config: Average) -> None:
     """Check, average and publish."""
     if not (config.out / "DONE.json").is_file():
         averaging.check(config.models)
-    with runs.start(config.out, "average", runs.plain(config), config.run) as this:
+    with runs.start(config.out, "average", storage.plain(config), config.run) as this:
         if this.done or not runs.is_main_process():
             return
         paths = {name: member.path for name, member in config.models.items() if member.path is not None}

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from omegaconf import MISSING
 
 from _recording import Inputs, costs, teacher_of
-from llamita import evaluate, preflight, runs
+from llamita import evaluate, preflight, runs, storage
 from llamita.distill import cache, capture, teachers
 from llamita.distill.cache import Identity
 from llamita.distill.state import agree_sum
@@ -76,7 +76,7 @@ def run(config: Cache) -> None:
     state = evaluate.join_launch()
     inputs, main = Inputs(config), state.is_main_process
     floor = config.run.min_allreduce_gb_per_s
-    preflight.check(config.out, state.device, runs.plain(config), min_allreduce_gb_per_s=floor)
+    preflight.check(config.out, state.device, storage.plain(config), min_allreduce_gb_per_s=floor)
     # Before anything is owned: of a large teacher this takes minutes.
     identity = inputs.identity(config, state.device) if main and not (config.out / "DONE.json").is_file() else None
     with owned(config) as whole:
@@ -95,7 +95,7 @@ def run(config: Cache) -> None:
     if main and capture.missing(config.out, share(config, inputs)):
         (folder / "DONE.json").unlink(missing_ok=True)  # it was done once, and a damaged shard has been removed since
     state.wait_for_everyone()
-    with runs.start(folder, "cache", runs.plain(config), config.run, may_change=capture.MAY_CHANGE) as mine:
+    with runs.start(folder, "cache", storage.plain(config), config.run, may_change=capture.MAY_CHANGE) as mine:
         if not agreed(state, mine.done):
             work(config, inputs, state, mine)
             mine.finish([])
@@ -117,7 +117,7 @@ def owned(config: Cache) -> AbstractContextManager[runs.Run]:
     shared = config.workers > 1
     # A dashboard gets a run for each worker, not for each look at what they share.
     quiet = dataclasses.replace(config.run, wandb=runs.WandbMode.off) if shared else config.run
-    plain, seconds = runs.plain(config), WAIT_SECONDS if shared else 0.0
+    plain, seconds = storage.plain(config), WAIT_SECONDS if shared else 0.0
     return runs.start_when_free(config.out, "cache", plain, quiet, may_change=capture.MAY_CHANGE, seconds=seconds)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from llamita import runs
+from llamita import runs, storage
 from llamita.align import dialogues, sources, verifiers
 from llamita.align.dialogues import PARSERS, SPLITS, Refused, Row, Task
 from llamita.align.forms import Raw
@@ -56,7 +56,7 @@ store("dialogues_schema", Dialogues)
 
 def run(config: Dialogues) -> None:
     """Read all sources, then publish."""
-    with runs.start(config.out, "dialogues", runs.plain(config), config.run) as this:
+    with runs.start(config.out, "dialogues", storage.plain(config), config.run) as this:
         if this.done or not runs.is_main_process():
             return
         rows: dict[str, dict[str, list[Row]]] = {split: {kind: [] for kind in PARSERS} for split in SPLITS}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _training
-from llamita import runs
+from llamita import runs, storage
 from llamita.distill import state
 
 
@@ -30,7 +30,7 @@ def run(config: Distill) -> None:
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         check(config)
     changes = _training.may_change(config.teachers)
-    with runs.start(config.out, "distill", runs.plain(config), config.run, may_change=changes) as this:
+    with runs.start(config.out, "distill", storage.plain(config), config.run, may_change=changes) as this:
         if not this.done:
             train(config, this)
         if runs.is_main_process():

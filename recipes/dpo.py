@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import _aligning
-from llamita import runs
+from llamita import runs, storage
 from llamita.align import preferences, trainers, watch
 
 NAMES = {
@@ -56,7 +56,7 @@ def run(config: Dpo) -> None:
     """Train, or go on training, in ``config.out``, and publish the model at its root."""
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         check(config)
-    with runs.start(config.out, "dpo", runs.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
+    with runs.start(config.out, "dpo", storage.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
         if not this.done:
             train(config, this)
 

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from omegaconf import MISSING
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, checks, evaluate, runs
+from llamita import checkpoints, checks, evaluate, harness, runs, storage
 from llamita.data import loader, shards
 from llamita.progress import Progress
 
@@ -65,7 +65,7 @@ class Evaluate:
     """Names of lm-eval tasks."""
     task_path: Path = TASKS
     """Folder of task files beside lm-eval's own."""
-    task: evaluate.TaskConfig = field(default_factory=evaluate.TaskConfig)
+    task: harness.TaskConfig = field(default_factory=harness.TaskConfig)
     dtype: str | None = None
     """Of weights and forward pass; unset: as the weights are stored."""
     device: str = "auto"
@@ -128,7 +128,7 @@ def check(config: Evaluate) -> tuple[dict[str, checkpoints.Weights], Rows | None
         if checkpoints.is_classifier(weights.config):
             raise ValueError(f"{name}={weights.path} is a token classifier, not a language model")
     if config.tasks:
-        evaluate.check_tasks(config.tasks, config.task_path)
+        harness.check_tasks(config.tasks, config.task_path)
         if without := [name for name, w in models.items() if not (w.path / "tokenizer.json").is_file()]:
             raise ValueError(f"tasks need the tokenizer of {without[0]}, whose directory has no tokenizer.json")
     return models, None if config.data.path is None else Rows(config.data, config.data.path, models)
@@ -148,7 +148,7 @@ def run(config: Evaluate) -> None:
     state = evaluate.join_launch()
     finished = (config.out / "DONE.json").is_file()
     weights, rows = ({}, None) if finished else check(config)  # mistakes are found before anything is written
-    with runs.start(config.out, "evaluate", runs.plain(config), config.run) as run:
+    with runs.start(config.out, "evaluate", storage.plain(config), config.run) as run:
         if run.done:
             return
         teacher = load(weights["teacher"].path, config) if "teacher" in weights else None
@@ -168,7 +168,7 @@ def run(config: Evaluate) -> None:
                     values = evaluate.summary(sums[name])
                 if config.tasks:
                     tokenizer, seed = checkpoints.load_tokenizer(stored.path), config.run.seed
-                    tasks = evaluate.run_tasks(model, tokenizer, config.tasks, config.task_path, config.task, seed=seed)
+                    tasks = harness.run_tasks(model, tokenizer, config.tasks, config.task_path, config.task, seed=seed)
                 sha256 = checkpoints.content_hash(stored.path) if state.is_main_process else ""
                 models[name] = {"path": stored.path, "sha256": sha256, "shape": stored.shape, "values": values}
                 models[name]["tasks"] = tasks
@@ -190,7 +190,7 @@ def publish(
         data |= evaluate.sizes(next(iter(sums.values())))
     teacher = "teacher" if config.teacher.path is not None else None
     found = {"data": data, "teacher": teacher, "models": models, "differences": evaluate.differences(sums)}
-    runs.write_json(config.out / FILE, found)
+    storage.write_json(config.out / FILE, found)
     run.finish([FILE], parents=parents, summary={name: entry["values"] for name, entry in models.items()})
 
 

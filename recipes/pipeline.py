@@ -17,7 +17,7 @@ import _local  # noqa: F401  (tests give it recipes of their own)
 from _local import Job, run_jobs
 from _slurm import BatchStage, Launcher, Snapshot, queued, submit
 from _stages import Pipeline, Stage, in_order, planned  # noqa: F401  (plan.py puts the stages in order too)
-from llamita import directories, runs
+from llamita import directories, storage
 
 RECORD = "pipeline.json"
 SETTINGS = "pipeline.yaml"
@@ -35,22 +35,22 @@ def run(config: Pipeline) -> None:
     """
     record_file = config.out / RECORD
     if config.launcher.kind == Launcher.slurm and config.launcher.dry_run:
-        record = runs.read_mapping(record_file) if record_file.is_file() else {}
+        record = storage.read_mapping(record_file) if record_file.is_file() else {}
         submit_stages(config, planned(config, record)[1])
         with contextlib.suppress(OSError):
             config.out.rmdir()  # Hydra made it
         return
     with directories.owned(config.out, marker=RECORD):
-        record = runs.read_mapping(record_file) if record_file.is_file() else {}
+        record = storage.read_mapping(record_file) if record_file.is_file() else {}
         prints, by_stage = planned(config, record)
         if config.launcher.kind == Launcher.slurm:
             refuse_changed(by_stage, prints, record)
-        runs.write_json(record_file, record)
-        runs.write_atomically(config.out / SETTINGS, yaml.safe_dump(runs.plain(config), sort_keys=False))
+        storage.write_json(record_file, record)
+        storage.write_atomically(config.out / SETTINGS, yaml.safe_dump(storage.plain(config), sort_keys=False))
 
         def note(name: str) -> None:
             record[name] = prints[name]
-            runs.write_json(record_file, record)
+            storage.write_json(record_file, record)
 
         match config.launcher.kind:
             case Launcher.local:

@@ -25,7 +25,7 @@ import _outlook
 import _ways
 from _outlook import Recipe
 from _world import Outlook, World
-from llamita import estimate, redaction, runs
+from llamita import estimate, redaction, storage
 from llamita.distill import capture
 
 
@@ -110,7 +110,7 @@ def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
         show(plan)
     if config.save and config.out is not None and not mistakes:
         config.out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(config.out / "plan.json", plan)
+        storage.write_json(config.out / "plan.json", plan)
     return plan
 
 

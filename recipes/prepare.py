@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import MISSING
 from transformers import PreTrainedTokenizerFast
 
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.data import corpus, shards, sources, split, tokens
 from llamita.data.pack import PackingConfig, pack
 from llamita.data.sources import SourceConfig
@@ -70,7 +70,7 @@ def run(config: Prepare) -> None:
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         found = [sources.resolve(name, source) for name, source in named(config).items()]
         tokenizer = tokens.load(config.tokenizer.path) if config.tokenizer.path else None
-    with runs.start(config.out, "prepare", runs.plain(config), config.run, may_change=["num_proc"]) as run:
+    with runs.start(config.out, "prepare", storage.plain(config), config.run, may_change=["num_proc"]) as run:
         if run.done or not runs.is_main_process():
             return
         if not sys.stderr.isatty():
@@ -136,7 +136,7 @@ def prepare(
         "splits": splits,
         "sources": corpus.describe(documents, length, chosen),
     }
-    runs.write_json(folder / shards.MANIFEST, manifest)
+    storage.write_json(folder / shards.MANIFEST, manifest)
     return manifest
 
 

@@ -27,7 +27,7 @@ from _calibrate import (
     score,
     watched,
 )
-from llamita import checkpoints, checks, runs
+from llamita import checkpoints, checks, runs, storage
 from llamita.prune import mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
@@ -62,7 +62,7 @@ def run(config: Prune) -> None:
         shape, rope = target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
-    with processes(), runs.start(config.out, "prune", runs.plain(config), config.run) as run:
+    with processes(), runs.start(config.out, "prune", storage.plain(config), config.run) as run:
         if not run.done:
             cut(config, run)
 

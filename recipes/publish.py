@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from transformers import LlamaConfig
 
 import _dialogue_rows
-from llamita import checkpoints, runs
+from llamita import checkpoints, manifests, runs, storage
 from llamita.data.shards import PackedData
 from llamita.distill import lora, saved, state, student, teachers
 
@@ -46,7 +46,7 @@ def run(config: Publish) -> None:
     """Read weights and settings of the checkpoint, and publish them at the root of ``config.out``."""
     finished = (config.out / "DONE.json").is_file()
     settings, folder = ({}, Path()) if finished else check(config)
-    with runs.start(config.out, "publish", runs.plain(config), config.run) as this:
+    with runs.start(config.out, "publish", storage.plain(config), config.run) as this:
         if not this.done and runs.is_main_process():
             publish(this, settings, folder)
 
@@ -72,7 +72,7 @@ def check(config: Publish) -> tuple[dict[str, Any], Path]:
     folder = path / "checkpoints" / f"step-{step}"
     if step not in steps:
         raise ValueError(f"training.step must be one of {steps}, got {step}")
-    if reason := checkpoints.check_manifest(folder, hashes=True):
+    if reason := manifests.check_manifest(folder, hashes=True):
         raise ValueError(f"training.step={step}: {folder} is not whole: {reason}")
     return (written["settings"] if recipe == "distill" else as_distilled(written["settings"], path)), folder
 
@@ -140,8 +140,8 @@ def publish(this: runs.Run, settings: dict[str, Any], folder: Path) -> None:
     llama, source = llama_of(wanted, data), wanted.path or data.tokenizer_path
     if (data.tokenizer_path / _dialogue_rows.GENERATION).is_file():  # of dialogues: it says where answers end
         source = data.tokenizer_path
-        llama.eos_token_id = runs.read_mapping(source / _dialogue_rows.GENERATION)["eos_token_id"]
-    progress = runs.read_json(folder / state.STATE)
+        llama.eos_token_id = storage.read_mapping(source / _dialogue_rows.GENERATION)["eos_token_id"]
+    progress = storage.read_json(folder / state.STATE)
     parents = progress["parents"] | {"data": data.content_hash}
     check_parents(wanted, data, folder, progress)
     dtype = checkpoints.dtype_named(progress["dtype"])

@@ -12,7 +12,8 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from llamita.report import gather, page
-from llamita.runs import RunConfig, is_main_process, plain, start
+from llamita.runs import RunConfig, is_main_process, start
+from llamita.storage import plain
 
 
 @dataclass(kw_only=True)

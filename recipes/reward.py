@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import _aligning
-from llamita import runs
+from llamita import runs, storage
 from llamita.align import preferences, trainers, watch
 
 NAMES = {"margin": "reward/margin", "accuracy": "reward/accuracy", "mean_reward": "reward/mean"}
@@ -46,7 +46,7 @@ def run(config: Reward) -> None:
     """Train, or go on training, in ``config.out``, and publish the reward model at its root."""
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         check(config)
-    with runs.start(config.out, "reward", runs.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
+    with runs.start(config.out, "reward", storage.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
         if not this.done:
             train(config, this)
 

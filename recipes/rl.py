@@ -18,7 +18,7 @@ from typing import Any
 
 import _aligning
 import _judging
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.align import reinforce, trainers, watch
 
 NAMES = {
@@ -107,7 +107,7 @@ def run(config: Rl) -> None:
     """Train, or go on training, in ``config.out``, and publish the model at its root."""
     if not (config.out / "DONE.json").is_file():  # what is wrong with the input is said before anything is written
         check(config)
-    with runs.start(config.out, "rl", runs.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
+    with runs.start(config.out, "rl", storage.plain(config), config.run, may_change=trainers.MAY_CHANGE) as this:
         if not this.done:
             train(config, this)
 

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import _sampling
-from llamita import chat, checkpoints, checks, evaluate, preflight, runs
+from llamita import chat, checkpoints, checks, evaluate, preflight, runs, storage
 from llamita.align import dialogues, generation, rejection, reward_model
 from llamita.align.dialogues import SPLITS, DialogueData
 
@@ -130,12 +130,12 @@ def run(config: Sample) -> None:
     if config.sampling.backend is generation.Backend.vllm and state.num_processes > 1:
         raise ValueError(f"sampling.backend=vllm runs in one process, got {state.num_processes}")
     if (config.out / "DONE.json").is_file():
-        with runs.start(config.out, "sample", runs.plain(config), config.run):
+        with runs.start(config.out, "sample", storage.plain(config), config.run):
             return
     data, asked, encoder = check(config)  # mistakes are found before anything is written
     floor = config.run.min_allreduce_gb_per_s
-    preflight.check(config.out, state.device, runs.plain(config), min_allreduce_gb_per_s=floor)
-    with runs.start(config.out, "sample", runs.plain(config), config.run, may_change=MAY_CHANGE) as this:
+    preflight.check(config.out, state.device, storage.plain(config), min_allreduce_gb_per_s=floor)
+    with runs.start(config.out, "sample", storage.plain(config), config.run, may_change=MAY_CHANGE) as this:
         hashes = _sampling.hashes_of(config, data, state)
         work = _sampling.plan(config, data, asked, hashes)
         _sampling.answer_all(config, work, state, this, encoder)
@@ -164,7 +164,7 @@ def publish(config: Sample, this: runs.Run, work: _sampling.Work, hashes: dict[s
         this.log(numbers, step=len(work.blocks))
     if not any(kinds["dialogues"] for kinds in rows.values()):
         raise ValueError(f"no answer is good enough to be chosen (selection.*): {json.dumps(summary)[:2000]}")
-    runs.write_atomically(config.out / "samples.jsonl", "".join(lines))
+    storage.write_atomically(config.out / "samples.jsonl", "".join(lines))
     extra = {"recipe": "sample", "parents": hashes, "summary": summary}
     files = dialogues.write_all(config.out, rows, extra)
     this.finish([*files, "samples.jsonl"], parents=hashes, summary=summary)

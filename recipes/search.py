@@ -19,7 +19,7 @@ from omegaconf import MISSING
 
 import _search
 from _calibrate import CalibrationConfig, ModelConfig, calibration, how, pad_id, process, score
-from llamita import checkpoints, checks, runs
+from llamita import checkpoints, checks, runs, storage
 from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
@@ -163,7 +163,7 @@ def run(config: Search) -> None:
     out, found = config.out, list[LlamaShape]()
     if not (out / "DONE.json").is_file():  # what cannot work is said before anything is written
         found = fitting(config, checkpoints.Weights(config.model.path))
-    with runs.start(out, "search", runs.plain(config), config.run) as this:
+    with runs.start(out, "search", storage.plain(config), config.run) as this:
         if this.done:
             return
         lab = Laboratory(config, checkpoints.Weights(config.model.path), found, this)

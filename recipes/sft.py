@@ -22,7 +22,7 @@ import _teaching
 import _training
 from _dialogue_rows import Wanted
 from _training import DataConfig, TrainingConfig
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.adapters import LoraConfig
 from llamita.align.dialogues import DialogueData
 from llamita.data import tokens
@@ -129,7 +129,7 @@ def run(config: Sft) -> None:
     """Encode and pack, train, or go on training, in ``config.out``, and publish the model at its root."""
     wanted = None if (config.out / "DONE.json").is_file() else check(config)
     changes = ("num_proc", *_training.may_change(config.teachers))
-    with runs.start(config.out, "sft", runs.plain(config), config.run, may_change=changes) as this:
+    with runs.start(config.out, "sft", storage.plain(config), config.run, may_change=changes) as this:
         if not this.done and wanted is not None:
             train(config, this, wanted)
         if runs.is_main_process():

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from llamita import chat, checkpoints, checks, runs
+from llamita import chat, checkpoints, checks, faults, runs, storage
 from llamita.data import corpus_ids, shards, sources, tokens
 from llamita.data.sources import SourceConfig
 from llamita.prune import remap, vocabulary
@@ -99,7 +99,7 @@ class Inputs:
         if checkpoints.is_classifier(self.weights.config):
             raise ValueError(f"model.path={path} has lost output rows already: cut the model that it was made from")
         self.tokenizer: PreTrainedTokenizerFast = checkpoints.load_tokenizer(path)
-        self.bpe = vocabulary.Bpe.read(runs.read_mapping(path / "tokenizer.json"))
+        self.bpe = vocabulary.Bpe.read(storage.read_mapping(path / "tokenizer.json"))
         self.shape = vocabulary.cut_shape(self.weights.shape, config.vocab_size)
         if (most := tokens.vocab_size(self.tokenizer)) > self.weights.shape.vocab_size:
             raise ValueError(f"model.path={path} has {self.weights.shape.vocab_size} rows for {most} token ids")
@@ -141,13 +141,13 @@ def run(config: Vocabulary) -> None:
     inputs = None
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
         inputs = Inputs(config)
-    with runs.start(config.out, "vocabulary", runs.plain(config), config.run) as run:
+    with runs.start(config.out, "vocabulary", storage.plain(config), config.run) as run:
         if run.done or not runs.is_main_process():
             return
         inputs, source = inputs or Inputs(config), config.model.path
         kept = inputs.choose(config, run)
         kept.save(config.out / FOLDER)
-        runs.crash_point("after_counts")
+        faults.crash_point("after_counts")
         staged = config.out / ".tokenizer"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()

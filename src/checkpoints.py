@@ -14,8 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamita import runs
+from llamita import faults, runs, storage
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def load_config(path: Path) -> LlamaConfig:
         raise ValueError(f"{path} is not a model directory: it has no config.json")
     if (path / "run.json").is_file() and not (path / "DONE.json").is_file():
         raise ValueError(f"{path} is the directory of an unfinished run: finish that stage first")
-    mapping = runs.read_mapping(file)
+    mapping = storage.read_mapping(file)
     if "auto_map" in mapping:
         raise ValueError(f"{file} asks for code of its own (auto_map), which is never run")
     try:
@@ -182,7 +181,7 @@ def _some(names: list[str]) -> str:
 def _tensor_files(path: Path) -> dict[str, str]:
     """File of each tensor by its name."""
     if (path / INDEX).is_file():
-        index: Any = runs.read_mapping(path / INDEX).get("weight_map")
+        index: Any = storage.read_mapping(path / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{path / INDEX} has no weight_map of tensors to files")
         for file in sorted(set(index.values())):
@@ -245,7 +244,7 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if (path / "generation_config.json").is_file():
-        runs.read_mapping(path / "generation_config.json")  # a damaged one is named
+        storage.read_mapping(path / "generation_config.json")  # a damaged one is named
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model
 
@@ -350,7 +349,7 @@ class ModelWriter:
         save_tensors(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
         self._shards.append({name: t.numel() * t.element_size() for name, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
-        runs.crash_point("after_model_shard")
+        faults.crash_point("after_model_shard")
 
     def publish(
         self,
@@ -380,16 +379,16 @@ class ModelWriter:
         if generation is not None:
             generation.save_pretrained(self._folder)
             names.append("generation_config.json")
-        runs.write_json(self._folder / PROVENANCE, provenance)
+        storage.write_json(self._folder / PROVENANCE, provenance)
         names.append(PROVENANCE)
         for name in names:
-            runs.fsync(self._folder / name)
-        runs.crash_point("before_rename")
+            storage.fsync(self._folder / name)
+        faults.crash_point("before_rename")
         # Last what a reader looks for first: without it there is no model, whatever else is there.
         for name in sorted(names, key=lambda name: name == "config.json"):
             (self._folder / name).replace(self.out / name)
-            runs.crash_point("mid_rename")
-        runs.fsync(self.out)
+            faults.crash_point("mid_rename")
+        storage.fsync(self.out)
         self._folder.rmdir()
         return names
 
@@ -408,7 +407,7 @@ class ModelWriter:
             (self._folder / f"shard-{index}").rename(self._folder / name)
             weight_map |= dict.fromkeys(shard, name)
         size = sum(sum(shard.values()) for shard in self._shards)
-        runs.write_json(self._folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        storage.write_json(self._folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         return [*names, INDEX]
 
 
@@ -459,12 +458,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         save_tensors(tensors, temporary, metadata)
-        runs.fsync(temporary)
-        runs.crash_point("mid_write")
+        storage.fsync(temporary)
+        faults.crash_point("mid_write")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    runs.fsync(path.parent)
+    storage.fsync(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -489,87 +488,6 @@ def content_hash(path: Path) -> str:
     done = runs.read_done(path)["files"] if (path / "DONE.json").is_file() else {}
     names = sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     known = {n: done[n] for n in names if n in done and done[n]["bytes"] == (path / n).stat().st_size}
-    entries = known | runs.sha256_of_files(path, [name for name in names if name not in known])
+    entries = known | storage.sha256_of_files(path, [name for name in names if name not in known])
     text = "\n".join(f"{name} {entries[name]['sha256']}" for name in names)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def publishing(final: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Path]:
-    """A new folder beside ``final`` that takes its name when the block ends well, and vanishes when it does not.
-
-    Every file is synced and listed with size and hash in ``MANIFEST.json`` before the rename, so that a folder under
-    its final name is always whole. One process of a launch does this; the others write into the folder it made, and
-    what they say of their files stands in ``known`` when the block ends, see :func:`write_manifest`.
-    """
-    temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
-    runs.crash_point("before_tmp")
-    temporary.mkdir(parents=True)
-    runs.fsync(final.parent.parent)  # the parent's own name may be new
-    try:
-        yield temporary
-        runs.crash_point("after_shards")
-        write_manifest(temporary, known)
-        runs.crash_point("before_rename")
-        os.rename(temporary, final)
-        runs.fsync(final.parent)
-        runs.crash_point("after_rename")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def sync_and_hash(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Sync files below ``folder`` and give the size and hash of each, as a manifest holds them."""
-    for name in names:
-        runs.fsync(folder / name)
-    return runs.sha256_of_files(folder, names)
-
-
-def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Sync every file and folder below ``folder`` and list the files in ``MANIFEST.json``.
-
-    ``known`` holds the files that were synced and hashed by the processes that wrote them, perhaps on other machines.
-
-    Raises:
-        OSError: this process does not see what another one wrote.
-    """
-    known = known or {}
-    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    for name, entry in known.items():
-        seen = (folder / name).stat().st_size if name in files else None
-        if seen != entry["bytes"]:
-            text = f"a process wrote {entry['bytes']} bytes, the one that publishes them sees {seen}"
-            raise OSError(errno.EIO, text, str(folder / name))
-    entries = {**known, **sync_and_hash(folder, [name for name in files if name not in known])}
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            runs.fsync(path)
-    runs.crash_point("before_manifest")
-    runs.write_json(folder / "MANIFEST.json", {"files": entries})
-
-
-def check_manifest(folder: Path, *, hashes: bool = False) -> str | None:
-    """Why ``folder`` is not whole, or ``None`` if it is: sizes always, content with ``hashes``.
-
-    Raises:
-        OSError: the file system does not answer; whether the folder is whole is not known.
-    """
-    try:
-        files = runs.read_mapping(folder / "MANIFEST.json")["files"]
-        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its MANIFEST.json cannot be read ({error})"
-    if not entries:
-        return "its MANIFEST.json lists no files"
-    for name, size, digest in entries:
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"its MANIFEST.json names a file outside: {name!r}"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if hashes and runs.sha256(file) != digest:
-            return f"{name} has another content than was written"
-    return None

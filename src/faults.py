@@ -1,4 +1,7 @@
-"""Faults have names: the first error in one file, out of memory with a setting to change, hung processes that end."""
+"""Faults have names: the first error in one file, out of memory with a setting to change, hung processes that end.
+
+And the points at which a test may let a process die.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -217,3 +221,52 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 others.append((int(file.read_text()), int(file.name.removeprefix(_HUNG))))
         return min(others, default=(0, rank()))[1] == rank()
+
+
+CRASH_POINTS = {
+    "mid_write": "a small file is whole and synced under a temporary name, not yet under its own",
+    "before_tmp": "a folder is to be published: nothing is there",
+    "mid_checkpoint": "a rank has written weights, and no moments",
+    "after_shards": "every file of a folder is written; they are not synced, and there is no manifest",
+    "before_manifest": "the files are synced; there is no manifest",
+    "before_rename": "everything is synced under a temporary name",
+    "mid_rename": "some of the files of a model or of data have their names, others do not",
+    "after_rename": "the folder has its name",
+    "before_pointer": "a checkpoint is published; LATEST names the one before",
+    "during_purge": "a superseded checkpoint lost its name and is not deleted yet",
+    "before_done": "a result is published; there is no DONE.json",
+    "after_done": "DONE.json is there; what is to be tidied up is not",
+    "after_model_shard": "one file of a model is written",
+    "after_shard": "one file of packed data is written",
+    "mid_shard": "the entries of a cache's shard are written; its index is not",
+    "after_scores": "the scores of a model are saved; nothing is cut",
+    "after_choice": "the candidates of a search are chosen; none is measured",
+    "after_candidate": "one candidate of a search is measured",
+    "after_counts": "the tokens of a corpus are counted; no vocabulary is chosen",
+}
+"""Where a fault-injection test may let a process die, and what is on disk there."""
+
+
+def crash_point(name: str) -> None:
+    """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
+
+    Fault-injection tests set it; nothing else does.
+
+    Raises:
+        ValueError: it names a point that there is not.
+    """
+    wanted = os.environ.get("LLAMITA_CRASH_AT")
+    if wanted is None:
+        return
+    target, _, rest = wanted.partition(":")
+    if target not in CRASH_POINTS:
+        raise ValueError(f"LLAMITA_CRASH_AT must name one of {', '.join(CRASH_POINTS)}, got {target!r}")
+    occurrence, _, dying = rest.partition(":")
+    if name != target or (dying and int(dying) != rank()):
+        return
+    _crash_counts[name] = _crash_counts.get(name, 0) + 1
+    if _crash_counts[name] == int(occurrence or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_crash_counts: dict[str, int] = {}

@@ -29,7 +29,7 @@ import psutil
 import torch
 from torch import distributed
 
-from llamita import runs
+from llamita import runs, storage
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def check(
 
 
 def _report(folder: Path, device: torch.device, settings: Mapping[str, Any], disk_bytes: float) -> Report:
-    text = json.dumps(runs.plain(settings), sort_keys=True)
+    text = json.dumps(storage.plain(settings), sort_keys=True)
     node_fault = user_fault = ""
     checks: list[Callable[[], None]] = [
         lambda: _check_present(device),
@@ -179,7 +179,7 @@ def _check_folder(folder: Path, disk_bytes: float) -> None:
             if not psutil.pid_exists(int(earlier.name.removesuffix("-renamed").rpartition("-")[2])):
                 earlier.unlink(missing_ok=True)
         probe.write_text("here")
-        runs.fsync(probe)
+        storage.fsync(probe)
         renamed = probe.replace(probe.with_name(f"{probe.name}-renamed"))
         if renamed.read_text() != "here":
             raise RuntimeError(f"{renamed} does not hold what was written")

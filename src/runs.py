@@ -7,30 +7,25 @@ A run directory holds ``config.yaml`` (resolved settings), ``run.json`` (its ide
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import logging
 import math
-import os
 import random
 import re
 import secrets
-import signal
 import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum, StrEnum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from llamita import directories, faults, locks, sinks, stops
+from llamita import directories, faults, locks, sinks, stops, storage
 from llamita.metrics import mend_metrics
 
 log = logging.getLogger(__name__)
@@ -110,21 +105,6 @@ class RunConfig:
             )
 
 
-def plain(value: Any) -> Any:
-    """Settings as mappings, lists and scalars: what YAML and JSON can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
 def names(mapping: Mapping[str, str]) -> list[str]:
     """Names, by the setting they stand in, that would not be safe as part of a path, a job or a metric."""
     return [
@@ -134,126 +114,12 @@ def names(mapping: Mapping[str, str]) -> list[str]:
     ]
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_files(root: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each named file below ``root``; reads several files at a time."""
-    with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(lambda name: sha256(root / name), names)
-        return {
-            name: {"bytes": (root / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, digests, strict=True)
-        }
-
-
-def fsync(path: Path) -> None:
-    """Force a file or a directory entry to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        crash_point("mid_write")
-        temporary.replace(path)
-    except OSError as error:  # of a full disk, which names no file
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically write ``value`` as indented JSON."""
-    write_atomically(path, json.dumps(plain(value), indent=2, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; ``ValueError`` names the file when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; ``ValueError`` names the file when it is damaged or holds something else."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(value).__name__}")
-    return value
-
-
 def read_done(path: Path) -> dict[str, Any]:
     """What ``DONE.json`` says; ``ValueError`` when it is not one that a run wrote."""
-    done = read_mapping(path / "DONE.json")
+    done = storage.read_mapping(path / "DONE.json")
     if not isinstance(done.get("files"), dict):
         raise ValueError(f"{path / 'DONE.json'} lists no files: no run wrote it")
     return done
-
-
-CRASH_POINTS = {
-    "mid_write": "a small file is whole and synced under a temporary name, not yet under its own",
-    "before_tmp": "a folder is to be published: nothing is there",
-    "mid_checkpoint": "a rank has written weights, and no moments",
-    "after_shards": "every file of a folder is written; they are not synced, and there is no manifest",
-    "before_manifest": "the files are synced; there is no manifest",
-    "before_rename": "everything is synced under a temporary name",
-    "mid_rename": "some of the files of a model or of data have their names, others do not",
-    "after_rename": "the folder has its name",
-    "before_pointer": "a checkpoint is published; LATEST names the one before",
-    "during_purge": "a superseded checkpoint lost its name and is not deleted yet",
-    "before_done": "a result is published; there is no DONE.json",
-    "after_done": "DONE.json is there; what is to be tidied up is not",
-    "after_model_shard": "one file of a model is written",
-    "after_shard": "one file of packed data is written",
-    "mid_shard": "the entries of a cache's shard are written; its index is not",
-    "after_scores": "the scores of a model are saved; nothing is cut",
-    "after_choice": "the candidates of a search are chosen; none is measured",
-    "after_candidate": "one candidate of a search is measured",
-    "after_counts": "the tokens of a corpus are counted; no vocabulary is chosen",
-}
-"""Where a fault-injection test may let a process die, and what is on disk there."""
-
-
-def crash_point(name: str) -> None:
-    """Die here, as if the power had gone, when ``LLAMITA_CRASH_AT=name[:occurrence[:rank]]`` says so.
-
-    Fault-injection tests set it; nothing else does.
-
-    Raises:
-        ValueError: it names a point that there is not.
-    """
-    wanted = os.environ.get("LLAMITA_CRASH_AT")
-    if wanted is None:
-        return
-    target, _, rest = wanted.partition(":")
-    if target not in CRASH_POINTS:
-        raise ValueError(f"LLAMITA_CRASH_AT must name one of {', '.join(CRASH_POINTS)}, got {target!r}")
-    occurrence, _, rank = rest.partition(":")
-    if name != target or (rank and int(rank) != faults.rank()):
-        return
-    _crash_counts[name] = _crash_counts.get(name, 0) + 1
-    if _crash_counts[name] == int(occurrence or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-_crash_counts: dict[str, int] = {}
 
 
 def seed_everything(seed: int) -> None:
@@ -350,21 +216,21 @@ class Run:
             return
         self._lock.check()
         for name in files:
-            fsync(self.path / name)
+            storage.fsync(self.path / name)
         if self._metrics.is_file():
-            fsync(self._metrics)
-        fsync(self.path)
+            storage.fsync(self._metrics)
+        storage.fsync(self.path)
         done = {
             "recipe": self.recipe,
             "settings": self.settings,
             "parents": dict(parents or {}),
             "summary": dict(summary or {}),
-            "files": sha256_of_files(self.path, sorted(files)),
+            "files": storage.sha256_of_files(self.path, sorted(files)),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        crash_point("before_done")
-        write_json(self.path / "DONE.json", done)
-        crash_point("after_done")
+        faults.crash_point("before_done")
+        storage.write_json(self.path / "DONE.json", done)
+        faults.crash_point("after_done")
 
     def _open_sinks(self) -> None:
         if not is_main_process():
@@ -396,7 +262,7 @@ def start(
     Raises:
         ValueError: another live run owns the directory, or it holds the work of other settings.
     """
-    run = Run(path, recipe, plain(settings), config)
+    run = Run(path, recipe, storage.plain(settings), config)
     main = is_main_process()
     lock = run._lock
     if wrong := names({"the last part of out": path.absolute().name, "run.project": config.project}):
@@ -404,7 +270,7 @@ def start(
     directories.refuse_foreign(path)
     if main:
         path.mkdir(parents=True, exist_ok=True)
-        fsync(path.parent)
+        storage.fsync(path.parent)
         lock.acquire()
     fresh = not (path / "config.yaml").is_file()
     try:
@@ -480,7 +346,7 @@ def _wait_for_main_process(path: Path) -> None:
 def check_out(path: Path, recipe: str, settings: Mapping[str, Any], *, may_change: Collection[str] = ()) -> None:
     """Raise the ``ValueError`` that :func:`start` would raise for this directory; nothing is changed."""
     directories.refuse_foreign(path)
-    directories.check_settings(path, recipe, plain(settings), may_change=_changeable(may_change))
+    directories.check_settings(path, recipe, storage.plain(settings), may_change=_changeable(may_change))
     locks.Lock(path).dead_owner()
 
 
@@ -495,7 +361,7 @@ def _prepare_directory(run: Run, main: bool) -> None:
         run.identity = {"restarts": 0}
         return
     if identity.is_file():
-        run.identity = read_json(identity)
+        run.identity = storage.read_json(identity)
         run.identity["restarts"] += 1
     else:
         run.identity = {"id": secrets.token_hex(6), "restarts": 0, "created": time.time()}
@@ -503,8 +369,8 @@ def _prepare_directory(run: Run, main: bool) -> None:
         half_written.unlink(missing_ok=True)
     # First of all: a directory without it is not known as a run's.
     text = yaml.safe_dump({"recipe": run.recipe, "settings": run.settings}, sort_keys=False)
-    write_atomically(run.path / "config.yaml", text)
-    write_json(identity, run.identity)
+    storage.write_atomically(run.path / "config.yaml", text)
+    storage.write_json(identity, run.identity)
     run.stop.forget_earlier()
     faults.forget(run.path)
     mend_metrics(run.path / "metrics.jsonl")

@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 
 import invented
 from conftest import REPOSITORY
-from llamita import checkpoints, runs
+from llamita import checkpoints, manifests, storage
 from llamita.metrics import read_metrics
 
 FILES = REPOSITORY / "configs" / "accelerate"
@@ -86,12 +86,12 @@ def test_a_signal_to_the_launcher_saves_one_step_on_all_ranks_and_the_same_comma
     assert process.returncode != 0
     assert "start it again to go on" in told
     newest = max((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    assert checkpoints.check_manifest(newest, hashes=True) is None
-    state = runs.read_json(newest / "state.json")
+    assert manifests.check_manifest(newest, hashes=True) is None
+    state = storage.read_json(newest / "state.json")
     assert state["step"] == read_metrics(out)[-1]["step"] < STEPS, "the step that ran is the step that was saved"
     assert len(list(newest.glob("random-*.json"))) == state["world_size"] == 2
     with start("8_gpus", data, out, "--num_processes", "2") as process:
         assert process.wait(timeout=400) == 0, process.communicate()[0]
-    assert runs.read_json(out / "run.json")["restarts"] == 1
+    assert storage.read_json(out / "run.json")["restarts"] == 1
     assert [row["step"] for row in read_metrics(out) if "train/loss" in row] == list(range(1, STEPS + 1))
     assert checkpoints.content_hash(out) == checkpoints.content_hash(tmp_path / "undisturbed")

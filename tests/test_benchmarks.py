@@ -16,7 +16,7 @@ import yaml
 import calibration
 import overhead
 from conftest import REPOSITORY, tiny_model
-from llamita import runs
+from llamita import storage
 from llamita.metrics import read_metrics
 from llamita.prune import importance, plan, stream, surgery
 from llamita.prune.further import Further
@@ -41,7 +41,7 @@ def prune_large(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     def make_model(path: Path, layers: int) -> None:
         path.mkdir(parents=True)
-        runs.write_json(path / "llamita.json", {"recipe": module.RECIPE})
+        storage.write_json(path / "llamita.json", {"recipe": module.RECIPE})
 
     def measure(scratch: Path, target: str, out: str, shape: LlamaShape, *overrides: str) -> dict[str, Any]:
         (scratch / out).mkdir(exist_ok=True)

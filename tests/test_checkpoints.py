@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, manifests, runs, storage
 from llamita.checkpoints import ModelWriter, Weights, load_model, save_model
 
 
@@ -247,10 +247,10 @@ def test_the_content_hash_is_that_of_the_content(saved: Path, tmp_path: Path) ->
 
 
 def test_a_published_folder_is_whole_and_a_failed_one_is_gone(tmp_path: Path) -> None:
-    with checkpoints.publishing(tmp_path / "step-1") as folder:
+    with manifests.publishing(tmp_path / "step-1") as folder:
         (folder / "state.json").write_text("{}")
-    assert checkpoints.check_manifest(tmp_path / "step-1", hashes=True) is None
-    with pytest.raises(RuntimeError), checkpoints.publishing(tmp_path / "step-2") as folder:  # noqa: PT012
+    assert manifests.check_manifest(tmp_path / "step-1", hashes=True) is None
+    with pytest.raises(RuntimeError), manifests.publishing(tmp_path / "step-2") as folder:  # noqa: PT012
         (folder / "state.json").write_text("{}")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
@@ -258,39 +258,39 @@ def test_a_published_folder_is_whole_and_a_failed_one_is_gone(tmp_path: Path) ->
 
 def test_folders_below_a_published_one_are_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    real = runs.fsync
-    monkeypatch.setattr(runs, "fsync", lambda path: (synced.append(path.name), real(path)))
-    with checkpoints.publishing(tmp_path / "step-1") as folder:
+    real = storage.fsync
+    monkeypatch.setattr(storage, "fsync", lambda path: (synced.append(path.name), real(path)))
+    with manifests.publishing(tmp_path / "step-1") as folder:
         (folder / "deepspeed").mkdir()
         (folder / "deepspeed" / "states.pt").write_bytes(b"0123")
     assert {"deepspeed", "states.pt"} <= set(synced)
 
 
 def test_what_another_process_wrote_must_be_seen_whole_before_it_is_published(tmp_path: Path) -> None:
-    with checkpoints.publishing(tmp_path / "step-1", known := {}) as folder:
+    with manifests.publishing(tmp_path / "step-1", known := {}) as folder:
         (folder / "theirs").write_bytes(b"0123")
         (folder / "mine").write_bytes(b"4")
-        known |= checkpoints.sync_and_hash(folder, ["theirs"])
-    assert checkpoints.check_manifest(tmp_path / "step-1", hashes=True) is None
-    assert runs.read_json(tmp_path / "step-1" / "MANIFEST.json")["files"].keys() == {"theirs", "mine"}
+        known |= manifests.sync_and_hash(folder, ["theirs"])
+    assert manifests.check_manifest(tmp_path / "step-1", hashes=True) is None
+    assert storage.read_json(tmp_path / "step-1" / "MANIFEST.json")["files"].keys() == {"theirs", "mine"}
     for entry in ({"theirs": {"bytes": 5, "sha256": ""}}, {"absent": {"bytes": 4, "sha256": ""}}):
-        with pytest.raises(OSError, match="a process wrote"), checkpoints.publishing(tmp_path / "step-2", entry) as f:
+        with pytest.raises(OSError, match="a process wrote"), manifests.publishing(tmp_path / "step-2", entry) as f:
             (f / "theirs").write_bytes(b"0123")
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_damage_to_a_published_folder_is_found(tmp_path: Path) -> None:
-    with checkpoints.publishing(tmp_path / "step-1") as folder:
+    with manifests.publishing(tmp_path / "step-1") as folder:
         (folder / "state.bin").write_bytes(b"0123")
     file = tmp_path / "step-1" / "state.bin"
     file.write_bytes(b"0124")
-    assert checkpoints.check_manifest(tmp_path / "step-1") is None
+    assert manifests.check_manifest(tmp_path / "step-1") is None
     assert (
-        checkpoints.check_manifest(tmp_path / "step-1", hashes=True) == "state.bin has another content than was written"
+        manifests.check_manifest(tmp_path / "step-1", hashes=True) == "state.bin has another content than was written"
     )
     file.write_bytes(b"012")
-    assert checkpoints.check_manifest(tmp_path / "step-1") == "state.bin has 3 bytes instead of 4"
+    assert manifests.check_manifest(tmp_path / "step-1") == "state.bin has 3 bytes instead of 4"
     file.unlink()
-    assert checkpoints.check_manifest(tmp_path / "step-1") == "state.bin is missing"
-    runs.write_atomically(tmp_path / "step-1" / "MANIFEST.json", "")
-    assert "cannot be read" in str(checkpoints.check_manifest(tmp_path / "step-1"))
+    assert manifests.check_manifest(tmp_path / "step-1") == "state.bin is missing"
+    storage.write_atomically(tmp_path / "step-1" / "MANIFEST.json", "")
+    assert "cannot be read" in str(manifests.check_manifest(tmp_path / "step-1"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, checks, redaction, runs
+from llamita import checkpoints, checks, redaction, runs, storage
 from llamita.shapes import PUBLISHED
 
 CANARIES = {
@@ -147,7 +147,7 @@ def other_family(path: Path) -> None:
         (lambda path: (path / "config.json").unlink(), "no config.json"),
         (lambda path: (path / "config.json").write_text("{"), "not valid JSON"),
         (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
-        (lambda path: runs.write_json(path / "run.json", {}), "unfinished"),
+        (lambda path: storage.write_json(path / "run.json", {}), "unfinished"),
     ],
 )
 def test_a_damaged_model_directory_is_seen_by_its_headers(directory: Path, damage: Any, message: str) -> None:
@@ -161,6 +161,6 @@ def test_a_damaged_model_directory_is_seen_by_its_headers(directory: Path, damag
 
 def test_a_directory_that_was_changed_after_it_was_finished_is_seen(directory: Path) -> None:
     files = {"config.json": {"bytes": 1, "sha256": ""}}
-    runs.write_json(directory / "DONE.json", {"files": files})
+    storage.write_json(directory / "DONE.json", {"files": files})
     assert "was changed" in checks.unfinished("model.path", directory)[0]
     assert "does not exist" in checks.finished_stage("runs", directory / "no")[0]

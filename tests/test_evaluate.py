@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamita import evaluate
+from llamita import evaluate, harness
 from llamita.data import tokens
 
 TASKS = Path(__file__).resolve().parent.parent / "tasks"
@@ -266,7 +266,7 @@ def test_without_lm_eval_the_error_names_what_to_install(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r'pip install -e "\.\[eval\]"'):
-        evaluate.task_manager(["piqa"], None)
+        harness.task_manager(["piqa"], None)
 
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf])
@@ -305,7 +305,7 @@ def test_local_tasks_run_without_a_network(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    scores = evaluate.run_tasks(*speaker, LOCAL_TASKS, TASKS, evaluate.TaskConfig())
+    scores = harness.run_tasks(*speaker, LOCAL_TASKS, TASKS, harness.TaskConfig())
     assert scores.keys() == set(LOCAL_TASKS)
     for task in LOCAL_TASKS:
         accuracy = scores[task]["acc"]
@@ -344,14 +344,14 @@ def test_the_right_answers_are_spread_evenly() -> None:
 def test_a_task_path_that_is_no_directory_is_refused() -> None:
     pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
     with pytest.raises(ValueError, match=r"task_path=no_such_folder is not a directory"):
-        evaluate.task_manager(["llamita_python_cloze"], Path("no_such_folder"))
+        harness.task_manager(["llamita_python_cloze"], Path("no_such_folder"))
 
 
 @pytest.mark.slow
 def test_an_unknown_task_is_named_with_its_neighbours() -> None:
     pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
     with pytest.raises(ValueError, match=r"'llamita_python_cloz'.*did you mean llamita_python_cloze"):
-        evaluate.task_manager(["llamita_python_cloz"], TASKS)
+        harness.task_manager(["llamita_python_cloz"], TASKS)
 
 
 def test_a_task_knows_the_answer_that_the_model_was_made_to_prefer(
@@ -375,11 +375,11 @@ def test_a_task_knows_the_answer_that_the_model_was_made_to_prefer(
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         text = (TASKS / "python_choice.yaml").read_text().replace("python_choice", name)
         (tmp_path / f"{name}.yaml").write_text(text)
-    config = evaluate.TaskConfig(batch_size=2)
-    scores = evaluate.run_tasks(model, tokenizer, ["llamita_right", "llamita_wrong"], tmp_path, config)
+    config = harness.TaskConfig(batch_size=2)
+    scores = harness.run_tasks(model, tokenizer, ["llamita_right", "llamita_wrong"], tmp_path, config)
     assert scores["llamita_right"]["acc"].value == 1
     assert scores["llamita_wrong"]["acc"].value == 0
-    one = evaluate.run_tasks(model, tokenizer, ["llamita_right"], tmp_path, evaluate.TaskConfig(limit=1))
+    one = harness.run_tasks(model, tokenizer, ["llamita_right"], tmp_path, harness.TaskConfig(limit=1))
     assert one["llamita_right"]["acc"].value == 1
 
 
@@ -387,7 +387,7 @@ def test_the_missing_data_of_a_task_is_found_before_any_model_is_asked(tmp_path:
     pytest.importorskip("lm_eval", reason='needs lm-eval: pip install -e ".[eval]"')
     (tmp_path / "python_choice.yaml").write_text((TASKS / "python_choice.yaml").read_text())
     with pytest.raises(ValueError, match=r"the data of tasks=\['llamita_python_choice'\] is not on this machine"):
-        evaluate.check_tasks(["llamita_python_choice"], tmp_path)
+        harness.check_tasks(["llamita_python_choice"], tmp_path)
 
 
 def test_the_likelihoods_of_a_bfloat16_model_are_sums_in_float32(
@@ -406,8 +406,8 @@ def test_the_likelihoods_of_a_bfloat16_model_are_sums_in_float32(
 
     monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
     model, tokenizer = speaker
-    evaluate.run_tasks(
-        model.bfloat16(), tokenizer, ["llamita_python_cloze"], TASKS, evaluate.TaskConfig(limit=4, batch_size=1)
+    harness.run_tasks(
+        model.bfloat16(), tokenizer, ["llamita_python_cloze"], TASKS, harness.TaskConfig(limit=4, batch_size=1)
     )
     assert seen
     assert any(float(torch.tensor(value).bfloat16()) != value for value in seen)
@@ -416,4 +416,4 @@ def test_the_likelihoods_of_a_bfloat16_model_are_sums_in_float32(
 def test_settings_of_tasks_have_limits() -> None:
     for name, wrong in (("limit", 0), ("num_fewshot", -1), ("batch_size", 0)):
         with pytest.raises(ValueError, match=rf"task\.{name} must be at least \d, got {wrong}"):
-            evaluate.TaskConfig(**{name: wrong})
+            harness.TaskConfig(**{name: wrong})

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, tiny_config
-from llamita import preflight, runs
+from llamita import preflight, runs, storage
 
 CPU = torch.device("cpu")
 
@@ -211,10 +211,10 @@ def test_a_directory_that_cannot_be_written_is_the_users_and_one_that_breaks_the
 
         return fail
 
-    monkeypatch.setattr(runs, "fsync", refuse(30))
+    monkeypatch.setattr(storage, "fsync", refuse(30))
     with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
         preflight.check(tmp_path, CPU, {})
-    monkeypatch.setattr(runs, "fsync", refuse(5))
+    monkeypatch.setattr(storage, "fsync", refuse(5))
     with pytest.raises(runs.BadNode, match="Input/output error"):
         preflight.check(tmp_path, CPU, {})
 

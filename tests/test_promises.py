@@ -18,7 +18,7 @@ import torch
 
 import invented
 from conftest import REPOSITORY, tiny_model
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 
 CANARIES = {
     "HF_TOKEN": "hf_" + "CanaryA1" * 4,
@@ -166,7 +166,7 @@ def test_a_run_writes_below_its_directory_only_and_never_into_what_it_reads(
 ) -> None:
     data, teacher, out = invented.packed(recipe("prepare"), tmp_path), tmp_path / "teacher", tmp_path / "out"
     checkpoints.save_model(tiny_model(vocab_size=640), teacher, source=data / "tokenizer", provenance={})
-    before = {path: runs.sha256(path) for path in (*data.rglob("*"), *teacher.rglob("*")) if path.is_file()}
+    before = {path: storage.sha256(path) for path in (*data.rglob("*"), *teacher.rglob("*")) if path.is_file()}
     (tmp_path / "spy.py").write_text(SPY)
     shape = [f"student.shape.{name}=2" for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")]
     overrides = [f"data.path={data}", f"teachers.big.path={teacher}", *shape, "student.shape.hidden_size=16"]
@@ -185,7 +185,7 @@ def test_a_run_writes_below_its_directory_only_and_never_into_what_it_reads(
     assert any(path.endswith("/checkpoints/LATEST") for path in written), "the spy saw nothing"
     allowed = (str(out), str(home), "/dev/", "/proc/", "/sys/")
     assert [path for path in written if not path.startswith(allowed)] == []
-    assert {path: runs.sha256(path) for path in before} == before
+    assert {path: storage.sha256(path) for path in before} == before
     assert {path for path in (*data.rglob("*"), *teacher.rglob("*")) if path.is_file()} == before.keys()
 
 

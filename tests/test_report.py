@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.report import drawing, gather, labels, page, palettes, pruning, quality, training
 from llamita.report.metrics import Metrics, Over
 from llamita.report.models import Estimate
@@ -63,7 +63,7 @@ def stage(
             (path / "config.json").write_text(json.dumps(config))
             (path / "model.safetensors").write_bytes(str(path).encode())
             listed = {name: {"path": str(p), "sha256": hash_of(p)} for name, p in (parents or {}).items()}
-            runs.write_json(path / "llamita.json", {"recipe": recipe, "parents": listed})
+            storage.write_json(path / "llamita.json", {"recipe": recipe, "parents": listed})
             files = ["config.json", "model.safetensors", "llamita.json"]
         if finish:
             run.finish(files, parents={name: hash_of(p) for name, p in (parents or {}).items()})
@@ -185,7 +185,7 @@ def world(root: Path, big: LlamaShape = BIG, small: LlamaShape = SMALL) -> dict[
         "random": entry(random, small, 1.36, 0.49),
     }
     gap = {"first": "distilled", "second": "ce_only", "bits_per_byte": value(-0.11, 0.002)}
-    runs.write_json(
+    storage.write_json(
         evaluation / "evaluation.json",
         {
             "data": {"split": "validation", "rows": 128, "tokens": 130_000, "utf8_bytes": 417_000},
@@ -366,12 +366,12 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_only_ever_text(name: str, whole: Any, tmp_path: Path) -> None:
     """As a run, as a model of an evaluation, as a task, as a setting and as a parent."""
-    found = runs.read_json(whole[0]["evaluation"] / "evaluation.json")
+    found = storage.read_json(whole[0]["evaluation"] / "evaluation.json")
     found["models"]["only evaluated " + name] = dict(found["models"].pop("random"), sha256=name, path=name)
     found["models"]["ce_only"]["tasks"] = {name: {"acc": value(0.5), name: value(0.25)}}
     found["differences"][0]["first"] = name
     evaluation = stage(tmp_path / "evaluation", "evaluate")
-    runs.write_json(evaluation / "evaluation.json", found)
+    storage.write_json(evaluation / "evaluation.json", found)
     strange = stage(
         tmp_path / "strange",
         "distill",
@@ -444,7 +444,7 @@ def evaluated(path: Path, models: dict[str, Any], *, rows: int = 128, values: bo
     data = {"split": "validation", "rows": rows, "tokens": 1000 * rows, "utf8_bytes": 3000 * rows} if values else {}
     models = {name: entry if values else entry | {"values": {}} for name, entry in models.items()}
     found = {"data": data, "teacher": None, "models": models, "differences": []}
-    runs.write_json(stage(path, "evaluate") / "evaluation.json", found)
+    storage.write_json(stage(path, "evaluate") / "evaluation.json", found)
     return path
 
 
@@ -626,8 +626,8 @@ def timed(path: Path, starts: list[list[tuple[float, int, float]]], *, created: 
         for at, step, mean in logged
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs.write_json(path / "run.json", {"id": "a", "restarts": len(starts) - 1, "created": created})
-    runs.write_json(path / "DONE.json", runs.read_json(path / "DONE.json") | {"finished": finished})
+    storage.write_json(path / "run.json", {"id": "a", "restarts": len(starts) - 1, "created": created})
+    storage.write_json(path / "DONE.json", storage.read_json(path / "DONE.json") | {"finished": finished})
     return path
 
 
@@ -807,7 +807,7 @@ def test_a_model_directory_of_strangers_can_be_the_teacher(whole: Any, tmp_path:
     evaluation = stage(tmp_path / "e", "evaluate")
     found = {"data": {}, "teacher": "teacher", "differences": []}
     models = {"teacher": entry(teacher, BIG, 1.0, None), "distilled": entry(whole[0]["distilled"], SMALL, 1.2, 0.3)}
-    runs.write_json(evaluation / "evaluation.json", found | {"models": models})
+    storage.write_json(evaluation / "evaluation.json", found | {"models": models})
     report = gather.gather({"Llama": teacher, "distilled": whole[0]["distilled"], "e": evaluation})
     assert [(model.name, model.role) for model in report.models] == [
         ("Llama", Role.teacher),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.report import assistants, gather, labels, page, palettes, training
 from llamita.report.roles import Role
 from llamita.shapes import LlamaShape
@@ -77,7 +77,7 @@ def results(names: tuple[str, str, str] = ("start", "better", "also")) -> dict[s
 def assessed(path: Path, told: Any) -> Path:
     """A directory as ``recipes/assess.py`` leaves it."""
     run(path, "assess")
-    runs.write_json(path / assistants.FILE, told)
+    storage.write_json(path / assistants.FILE, told)
     return path
 
 
@@ -168,7 +168,7 @@ def test_bits_per_byte_of_text_are_those_of_the_same_weights_whatever_they_are_c
     measured["values"] = {"bits_per_byte": estimate(0.875, None)}
     other = {"path": "start", "sha256": "weights that nobody assessed", "values": {"bits_per_byte": estimate(3.0)}}
     evaluation = run(tmp_path / "evaluation", "evaluate")
-    runs.write_json(evaluation / "evaluation.json", {"models": {"mine": measured, "start": other}})
+    storage.write_json(evaluation / "evaluation.json", {"models": {"mine": measured, "start": other}})
     paths = {"sft": tuned, "assess": assessed(tmp_path / "assess", told), "evaluation": evaluation}
     assert table(drawn(paths, tmp_path / "out"))[-1] == ["bits per byte of text", "–", "0.875", "–"]
     del paths["evaluation"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamita import runs
+from llamita import runs, storage
 from llamita.report import gather, page, searches
 from llamita.report.stages import read_stage
 
@@ -38,7 +38,7 @@ def search_run(path: Path, *, finish: bool = True, rows: Any = ROWS) -> Path:
             for name, parameters, loss, recovered in rows
         ]
         (path / searches.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        runs.write_json(path / "whole.json", {"loss": 2.25})
+        storage.write_json(path / "whole.json", {"loss": 2.25})
         if finish:
             run.finish([searches.FILE])
     return path

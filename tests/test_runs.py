@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llamita import runs
+from llamita import runs, storage
 from llamita.metrics import read_metrics
 from llamita.runs import RunConfig
 
@@ -32,7 +32,7 @@ def test_a_finished_directory_is_done_and_lists_what_it_holds(tmp_path: Path) ->
     finish(tmp_path / "out")
     done = runs.check_done(tmp_path / "out")
     assert done["files"]["model.bin"]["bytes"] == 7
-    assert done["files"]["model.bin"]["sha256"] == runs.sha256(tmp_path / "out" / "model.bin")
+    assert done["files"]["model.bin"]["sha256"] == storage.sha256(tmp_path / "out" / "model.bin")
     with runs.start(tmp_path / "out", "distill", SETTINGS, RunConfig()) as run:
         assert run.done
 
@@ -68,15 +68,15 @@ def test_a_setting_that_may_change_may_change(tmp_path: Path) -> None:
 def test_of_what_a_run_is_told_about_itself_only_the_seed_must_stay(tmp_path: Path) -> None:
     first, other = RunConfig(), RunConfig(hang_seconds=5.0, project="other", min_allreduce_gb_per_s=3.0)
     for config in (first, other):
-        with runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": runs.plain(config)}, config):
+        with runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": storage.plain(config)}, config):
             pass
     reseeded = RunConfig(seed=1)
     with (
         pytest.raises(ValueError, match=r"run\.seed: 0 -> 1"),
-        runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": runs.plain(reseeded)}, reseeded),
+        runs.start(tmp_path / "out", "distill", {**SETTINGS, "run": storage.plain(reseeded)}, reseeded),
     ):
         pass
-    assert {*runs.MAY_CHANGE, "seed"} == set(runs.plain(first))
+    assert {*runs.MAY_CHANGE, "seed"} == set(storage.plain(first))
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_steps_repeated_after_a_restart_are_read_once(tmp_path: Path) -> None:
 
 def test_an_atomic_write_that_fails_leaves_the_old_text(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
-    runs.write_json(path, {"a": 1})
+    storage.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        runs.write_json(path, {"a": object()})
-    assert runs.read_json(path) == {"a": 1}
+        storage.write_json(path, {"a": object()})
+    assert storage.read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
 
 
@@ -245,7 +245,7 @@ class Settings:
 
 
 def test_settings_become_plain_values() -> None:
-    assert runs.plain(Settings()) == {"colour": "red", "path": "a/b", "sizes": [1, 2]}
+    assert storage.plain(Settings()) == {"colour": "red", "path": "a/b", "sizes": [1, 2]}
 
 
 def test_a_seed_out_of_range_is_refused() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamita import runs
+from llamita import runs, storage
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def blocks(split: str, rows: int, size: int) -> list[Block]:
 
 def identity(**parts: Any) -> str:
     """A hash of everything that decides what is in the blocks."""
-    return hashlib.sha256(json.dumps(runs.plain(parts), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(storage.plain(parts), sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -67,7 +67,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows)
         head = {"made_from": self._made_from, "rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        runs.write_atomically(self.path(block), f"{json.dumps(head)}\n{text}")
+        storage.write_atomically(self.path(block), f"{json.dumps(head)}\n{text}")
 
     def read(self, block: Block) -> list[dict[str, Any]]:
         """The rows of a finished block.

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from llamita import runs
+from llamita import storage
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def prompt_of(row: Row) -> tuple[Message, ...]:
 def write(path: Path, rows: Iterable[Row]) -> int:
     """Write rows one to a line; returns how many."""
     lines = [json.dumps(row.row(), ensure_ascii=False) for row in rows]
-    runs.write_atomically(path, "".join(f"{line}\n" for line in lines))
+    storage.write_atomically(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 
@@ -303,13 +303,13 @@ class DialogueData:
             raise ValueError(f"data.path={path} is not a directory that dialogues or sample wrote: no {MANIFEST}")
         if (path / "run.json").is_file() and not (path / "DONE.json").is_file():
             raise ValueError(f"data.path={path} is the directory of an unfinished run: finish that stage first")
-        manifest = runs.read_mapping(path / MANIFEST)
+        manifest = storage.read_mapping(path / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path / MANIFEST} has format {manifest.get('format')!r}, this program reads {FORMAT}")
         for name, entry in manifest["files"].items():
             if Path(name).name != name or not (path / name).is_file():
                 raise ValueError(f"{path / MANIFEST} names {name!r}, which is not there")
-            if runs.sha256(path / name) != entry["sha256"]:
+            if storage.sha256(path / name) != entry["sha256"]:
                 raise ValueError(f"{path / name} is not what was written: make it again")
         return cls(path, manifest)
 
@@ -354,6 +354,6 @@ def write_all(folder: Path, rows: Mapping[str, Mapping[str, Sequence[Row]]], ext
         for kind, items in kinds.items():
             if items:
                 name = f"{split}.{kind}.jsonl"
-                files[name] = {"rows": write(folder / name, items), "sha256": runs.sha256(folder / name)}
-    runs.write_json(folder / MANIFEST, {"format": FORMAT, "files": files, **extra})
+                files[name] = {"rows": write(folder / name, items), "sha256": storage.sha256(folder / name)}
+    storage.write_json(folder / MANIFEST, {"format": FORMAT, "files": files, **extra})
     return [*files, MANIFEST]

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, reduce
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, faults, manifests, runs, storage
 from llamita.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def newest(folder: Path) -> Path | None:
     if runs.is_main_process():
         for step in reversed(steps_in(folder)):
             path = folder / f"checkpoint-{step}"
-            if (reason := checkpoints.check_manifest(path, hashes=found[0] is None)) is not None:
+            if (reason := manifests.check_manifest(path, hashes=found[0] is None)) is not None:
                 log.warning("%s is not whole and is removed: %s", path, reason)
                 shutil.rmtree(path)
             elif found[0] is None:
@@ -114,7 +114,7 @@ def check_parents(checkpoint: Path, parents: Mapping[str, str], paths: Mapping[s
     Raises:
         ValueError: it was trained from another one, which is named.
     """
-    trained_from = runs.read_mapping(checkpoint / STATE)["parents"]
+    trained_from = storage.read_mapping(checkpoint / STATE)["parents"]
     changed = [sorted(name for name, sha256 in parents.items() if trained_from.get(name) != sha256)]
     broadcast_object_list(changed)
     if changed[0]:
@@ -172,7 +172,7 @@ class Watch(TrainerCallback):
         found = self._found
         if found is None:
             return None
-        state = runs.read_mapping(found / STATE)
+        state = storage.read_mapping(found / STATE)
         self.last = dict(state["last"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         log.info("going on from %s", found)
@@ -273,14 +273,14 @@ class Watch(TrainerCallback):
         processes.wait_for_everyone()
         if processes.is_main_process:
             if (metrics := self.run.path / "metrics.jsonl").is_file():
-                runs.fsync(metrics)
+                storage.fsync(metrics)
             path = self.folder / f"checkpoint-{state.global_step}"
             told = {"parents": self._parents, "last": self.last, "skipped": self.skipped}
-            runs.write_json(path / STATE, {**told, "skipped_in_a_row": self.skipped_in_a_row})
-            runs.crash_point("after_shards")
-            checkpoints.write_manifest(path)
-            runs.fsync(self.folder)
-            runs.crash_point("after_rename")
+            storage.write_json(path / STATE, {**told, "skipped_in_a_row": self.skipped_in_a_row})
+            faults.crash_point("after_shards")
+            manifests.write_manifest(path)
+            storage.fsync(self.folder)
+            faults.crash_point("after_rename")
             prune(self.folder, self._keep)
         processes.wait_for_everyone()
         self._saved = str(state.global_step)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamita import runs
+from llamita import faults, storage
 from llamita.data.pack import Packing
 
 FORMAT = 1
@@ -106,7 +106,7 @@ def _write_shard(
         check_R = np.concatenate(checks).data
         file.write(check_R)
         digest.update(check_R)
-    runs.crash_point("after_shard")
+    faults.crash_point("after_shard")
     return {
         "file": f"{FOLDER}/{path.name}",
         "rows": last - first,
@@ -163,13 +163,13 @@ def publishing(out: Path) -> Iterator[Path]:
     try:
         yield folder
         for file in files(folder):
-            runs.fsync(file)
-            runs.fsync(file.parent)
-        runs.crash_point("before_rename")
+            storage.fsync(file)
+            storage.fsync(file.parent)
+        faults.crash_point("before_rename")
         for path in sorted(folder.glob("[!.]*")):
             path.rename(out / path.name)
-            runs.crash_point("mid_rename")
-        runs.fsync(out)
+            faults.crash_point("mid_rename")
+        storage.fsync(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -260,7 +260,7 @@ class PackedData:
             raise ValueError(f"data.path={path} is a directory {hint}" if path.is_dir() else f"{path} does not exist")
         if (path / "run.json").is_file() and not (path / "DONE.json").is_file():
             raise ValueError(f"data.path={path} is the directory of an unfinished run: finish that stage first")
-        manifest = runs.read_json(path / MANIFEST)
+        manifest = storage.read_json(path / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path / MANIFEST} has format {manifest.get('format')!r}, this program reads {FORMAT}")
         for split in manifest["splits"].values():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llamita import runs
+from llamita import runs, storage
 from llamita.distill import cache_format
 from llamita.distill.samplers import Sampler
 from llamita.distill.teachers import Batch, Storage
@@ -70,7 +70,7 @@ class Identity:
     @classmethod
     def read(cls, path: Path) -> Identity:
         """From a JSON file; ``ValueError`` where this program does not know its format or mask rule."""
-        found = runs.read_mapping(path)
+        found = storage.read_mapping(path)
         for name, known in (("format", FORMAT), ("mask", MASK)):
             if found.get(name) != known:
                 raise ValueError(f"{path} has {name} {found.get(name)!r}, this program knows {known!r}")
@@ -113,7 +113,7 @@ class Cache:
         """
         self.path = path
         self.identity = Identity.read(path / MANIFEST)
-        self.manifest = runs.read_mapping(path / MANIFEST)
+        self.manifest = storage.read_mapping(path / MANIFEST)
         for entry in self.manifest["shards"]:
             for name, file in entry["files"].items():
                 place = self._folder(entry) / name
@@ -126,7 +126,7 @@ class Cache:
     @property
     def content_hash(self) -> str:
         """One hash of everything in it, the same wherever it lies."""
-        return runs.sha256(self.path / MANIFEST)
+        return storage.sha256(self.path / MANIFEST)
 
     def summary(self) -> dict[str, float]:
         """What it takes, in all and for each token that has something to predict."""
@@ -155,7 +155,7 @@ class Cache:
         Raises:
             ValueError: a file is not what was written.
         """
-        if runs.sha256(self.path / INDEX) != self.manifest["index"]:
+        if storage.sha256(self.path / INDEX) != self.manifest["index"]:
             raise ValueError(f"{self.path / INDEX} is not what was written: damaged cache")
         entries = self.manifest["shards"]
         total = sum(file["bytes"] for entry in entries for file in entry["files"].values())
@@ -175,7 +175,7 @@ class Cache:
 
     def _hash_file(self, shard: int, name: str) -> None:
         entry = self.manifest["shards"][shard]
-        if runs.sha256(self._folder(entry) / name) != entry["files"][name]["sha256"]:
+        if storage.sha256(self._folder(entry) / name) != entry["files"][name]["sha256"]:
             raise ValueError(f"{self._folder(entry) / name} is not what was written: damaged cache")
 
     def find(self, keys: list[bytes]) -> list[tuple[int, int] | None]:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamita import runs
+from llamita import storage
 from llamita.distill.losses import IGNORE
 
 ID_BITS, COUNT_BITS = 17, 6
@@ -167,7 +167,7 @@ class ShardWriter:
             file.close()
         held = {name: getattr(self, name) for name in ("tokens", "predicted", "entries")}
         held["bytes"] = sum((self._folder / f"{name}.bin").stat().st_size for name in self._files)
-        runs.write_json(self._folder / "shard.json", held)
+        storage.write_json(self._folder / "shard.json", held)
         return held
 
 
@@ -229,9 +229,9 @@ def write_index(path: Path, tables: list[NDArray[Any]]) -> None:
     with temporary.open("wb") as file:
         file.write(keys[order].astype("<u8").data)
         file.write(places[order].astype("<u8").data)
-    runs.fsync(temporary)
+    storage.fsync(temporary)
     temporary.replace(path)
-    runs.fsync(path.parent)
+    storage.fsync(path.parent)
 
 
 def read_index(path: Path) -> NDArray[np.uint64]:

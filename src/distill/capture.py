@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import checkpoints, faults, runs, stops
+from llamita import faults, manifests, runs, stops, storage
 from llamita.distill import cache_format, samplers
 from llamita.distill.cache import IDENTITY, INDEX, MANIFEST, SHARDS, Cache, Identity, Rows, check_same, distance
 from llamita.distill.cache_format import ENTRY_BYTES, Record, Slice
@@ -94,7 +94,7 @@ def claim(out: Path, identity: Identity) -> None:
     """
     file = out / IDENTITY
     if not file.is_file():
-        runs.write_json(file, asdict(identity))
+        storage.write_json(file, asdict(identity))
     check_same(f"out={out}", Identity.read(file), identity)
 
 
@@ -197,18 +197,18 @@ class Capture:
         final = out / SHARDS / shard.name
         for stale in [final, *final.parent.glob(f".tmp-{shard.name}-*")]:  # damaged, or left by a start that was killed
             shutil.rmtree(stale, ignore_errors=True)
-        with checkpoints.publishing(final) as folder:
+        with manifests.publishing(final) as folder:
             writer = cache_format.ShardWriter(folder, stores_values=self.identity.sampler.stores_values)
             for batch in batches:
                 for one, stored in self.records(batch):
                     writer.add(one.key, stored)
-                runs.crash_point("mid_shard")
+                faults.crash_point("mid_shard")
             return writer.close()
 
 
 def missing(out: Path, wanted: list[Shard]) -> list[Shard]:
     """The shards that are not there, or not whole any more."""
-    return [shard for shard in wanted if checkpoints.check_manifest(out / SHARDS / shard.name) is not None]
+    return [shard for shard in wanted if manifests.check_manifest(out / SHARDS / shard.name) is not None]
 
 
 @faults.phase(
@@ -280,13 +280,13 @@ def finish(out: Path, identity: Identity, wanted: list[Shard]) -> list[str]:
             "name": shard.name,
             "split": shard.split,
             "rows": shard.last - shard.first,
-            **runs.read_json(folder / "shard.json"),
-            "files": runs.read_json(folder / "MANIFEST.json")["files"],
+            **storage.read_json(folder / "shard.json"),
+            "files": storage.read_json(folder / "MANIFEST.json")["files"],
         }
         for shard, folder in zip(wanted, folders, strict=True)
     ]
-    manifest = {**asdict(identity), "index": runs.sha256(out / INDEX), "shards": entries}
-    runs.write_json(out / MANIFEST, manifest)
+    manifest = {**asdict(identity), "index": storage.sha256(out / INDEX), "shards": entries}
+    storage.write_json(out / MANIFEST, manifest)
     return [MANIFEST, INDEX, IDENTITY]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from accelerate import Accelerator, PartialState
 
-from llamita import faults, runs
+from llamita import faults, runs, storage
 from llamita.distill import quantised
 from llamita.distill.sharded import ShardedTeacher
 from llamita.distill.state import agree_sum
@@ -100,14 +100,14 @@ def compare(
     file = run.path / COSTS
     known: dict[str, float] = {}
     if processes.is_main_process and file.is_file():
-        known = {name: float(kl) for name, kl in runs.read_json(file).items()}
+        known = {name: float(kl) for name, kl in storage.read_json(file).items()}
     measured = not agree_sum(processes, bool(known))
     if measured:
         known = _measure(chosen, configs, list(batches), processes=processes, dtype=dtype)
     for teacher in chosen if known else ():
         _refuse_above(f"{prefix}{teacher.name}", configs[teacher.name], known[_metric(teacher)])
     if measured and processes.is_main_process:
-        runs.write_json(file, known)
+        storage.write_json(file, known)
     return known
 
 

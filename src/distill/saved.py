@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, faults
 
 MATCHING = "matching."
 """Before the names of what is trained beside a student and not published with it."""
@@ -38,7 +38,7 @@ def write(
     end = "" if part is None else f"-{part:05d}"
     names = [f"weights{end}.safetensors", f"optimizer{end}.safetensors"]
     checkpoints.save_tensors(weights, folder / names[0], {})
-    runs.crash_point("mid_checkpoint")
+    faults.crash_point("mid_checkpoint")
     flat = {f"{name}/{key}": value for name, state in moments.items() for key, value in state.items()}
     checkpoints.save_tensors(flat, folder / names[1], {})
     return names

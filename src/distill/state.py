@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, reduce
 
-from llamita import checkpoints, runs
+from llamita import faults, manifests, storage
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +96,14 @@ class Checkpoints:
             error = failure
         self._raise_together(error)
         if self._main:
-            runs.crash_point("before_pointer")
+            faults.crash_point("before_pointer")
             self._tidy(final, keep=self._keep)
         self._accelerator.wait_for_everyone()
 
     def _tidy(self, final: Path, *, keep: int | None) -> None:
         """Point at what was published, and remove all but ``keep``; nothing depends on either."""
         try:
-            runs.write_atomically(self.folder / "LATEST", f"{final.name}\n")
+            storage.write_atomically(self.folder / "LATEST", f"{final.name}\n")
             if keep is not None:
                 prune(self.folder, keep)
         except OSError as error:
@@ -113,7 +113,7 @@ class Checkpoints:
         """Whether this very step is there already; a damaged one, which an earlier start passed over, makes room."""
         if not final.is_dir():
             return False
-        if checkpoints.check_manifest(final, hashes=True) is None:
+        if manifests.check_manifest(final, hashes=True) is None:
             return True
         _remove(final)
         return False
@@ -127,9 +127,9 @@ class Checkpoints:
         of_all: dict[str, dict[str, Any]] = {}
         if self._main:
             try:
-                temporary = stack.enter_context(checkpoints.publishing(final, of_all))
+                temporary = stack.enter_context(manifests.publishing(final, of_all))
                 if (metrics := self.folder.parent / "metrics.jsonl").is_file():
-                    runs.fsync(metrics)  # after a power cut, steps before a checkpoint are never taken again
+                    storage.fsync(metrics)  # after a power cut, steps before a checkpoint are never taken again
                 if shutil.disk_usage(temporary).free < size:
                     raise OSError(errno.ENOSPC, f"no space left for a checkpoint of {size} bytes", str(final))
                 token = int(temporary.name.rpartition("-")[2], 16)
@@ -140,10 +140,10 @@ class Checkpoints:
             folder = final.with_name(f".tmp-{final.name}-{token:08x}")
             try:
                 names = [*write(folder), f"random-{self._accelerator.process_index:05d}.json"]
-                runs.write_json(folder / names[-1], random_state())
+                storage.write_json(folder / names[-1], random_state())
                 if self._main:
-                    runs.write_json(folder / STATE, state)
-                mine = checkpoints.sync_and_hash(folder, names)
+                    storage.write_json(folder / STATE, state)
+                mine = manifests.sync_and_hash(folder, names)
             except OSError as failure:
                 error = failure
         self._raise_together(error)
@@ -188,8 +188,8 @@ class Checkpoints:
             self._tidy(folder, keep=None)
         rank_file = folder / f"random-{self._accelerator.process_index:05d}.json"
         if rank_file.is_file():
-            set_random_state(runs.read_json(rank_file))
-        return folder, runs.read_json(folder / STATE)
+            set_random_state(storage.read_json(rank_file))
+        return folder, storage.read_json(folder / STATE)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -202,7 +202,7 @@ def newest_good(folder: Path) -> int:
     """The newest step whose files have the sizes and hashes of its manifest; -1: no folders, -2: none is good."""
     steps = steps_in(folder)
     for step in steps:
-        reason = checkpoints.check_manifest(folder / f"step-{step}", hashes=True)
+        reason = manifests.check_manifest(folder / f"step-{step}", hashes=True)
         if reason is None:
             return step
         log.warning("checkpoint step-%d is passed over: %s", step, reason)
@@ -215,7 +215,7 @@ def prune(folder: Path, keep: int) -> None:
         return
     for leftover in folder.glob(".trash-*"):  # a crash half way through this
         _delete(leftover)
-    good = [step for step in steps_in(folder) if checkpoints.check_manifest(folder / f"step-{step}") is None]
+    good = [step for step in steps_in(folder) if manifests.check_manifest(folder / f"step-{step}") is None]
     for step in good[keep:]:
         _remove(folder / f"step-{step}")
     for aside in folder.glob("damaged-step-*"):
@@ -228,7 +228,7 @@ def _remove(step: Path) -> None:
     """Delete a checkpoint so that a crash on the way leaves nothing that looks like one."""
     trash = step.with_name(f".trash-{step.name}")
     step.rename(trash)
-    runs.crash_point("during_purge")
+    faults.crash_point("during_purge")
     _delete(trash)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, storage
 from llamita.prune.vocabulary import Bpe, Kept, pair
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def named(source: Path, bpe: Bpe) -> dict[int, str]:
     Raises:
         ValueError: one of them is no token, or the post-processor is of a kind whose ids are not known.
     """
-    definition = runs.read_mapping(source / "tokenizer.json")
+    definition = storage.read_mapping(source / "tokenizer.json")
     tokenizer = checkpoints.load_tokenizer(source)
     found: dict[int, str] = {}
     template = str(tokenizer.chat_template or "")
@@ -59,7 +59,7 @@ def _fields(source: Path) -> dict[str, dict[str, Any]]:
     """The settings that may name ids, by the file in which they stand."""
     found = {"config.json": checkpoints.load_config(source).to_dict()}
     if (source / GENERATION).is_file():
-        found[GENERATION] = runs.read_mapping(source / GENERATION)
+        found[GENERATION] = storage.read_mapping(source / GENERATION)
     return found
 
 
@@ -204,7 +204,7 @@ def _without(value: Any, gone: set[str]) -> Any:
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     """As the libraries write them: characters as they are, fields in the order of the source."""
-    runs.write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    storage.write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write(source: Path, folder: Path, kept: Kept) -> PreTrainedTokenizerFast:
@@ -220,15 +220,15 @@ def write(source: Path, folder: Path, kept: Kept) -> PreTrainedTokenizerFast:
             continue
         match name:
             case "tokenizer.json":
-                _write(folder / name, tokenizer(runs.read_mapping(source / name), kept))
+                _write(folder / name, tokenizer(storage.read_mapping(source / name), kept))
             case "tokenizer_config.json" | "special_tokens_map.json":
-                _write(folder / name, tokenizer_settings(runs.read_mapping(source / name), kept))
+                _write(folder / name, tokenizer_settings(storage.read_mapping(source / name), kept))
             case "tokenizer.model":
                 log.warning("%s is left out: it would tell the old ids", source / name)
             case _:
                 shutil.copyfile(source / name, folder / name)
     if (source / GENERATION).is_file():
-        _write(folder / GENERATION, settings(runs.read_mapping(source / GENERATION), kept))
+        _write(folder / GENERATION, settings(storage.read_mapping(source / GENERATION), kept))
     written = checkpoints.load_tokenizer(folder)
     texts = {**kept.bpe.texts, **kept.bpe.added}
     if written.get_vocab() != {texts[old]: new for new, old in enumerate(kept.old_ids)}:

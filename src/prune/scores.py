@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, storage
 
 FILE = "scores.safetensors"
 FORMAT = 2
@@ -146,7 +146,7 @@ class Scores:
     def save(self, folder: Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json`` into ``folder``, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(folder / "scores.json", self.info)
+        storage.write_json(folder / "scores.json", self.info)
         checkpoints.write_tensors(folder / FILE, self.tensors, {"info": json.dumps(self.info, sort_keys=True)})
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llamita import runs
+from llamita import storage
 from llamita.prune.target import TargetConfig, target_shape
 from llamita.shapes import SIZES, LlamaShape
 
@@ -305,7 +305,7 @@ def pick(
 
 def save(candidates: Sequence[Candidate], folder: Path) -> None:
     """Write ``candidates.jsonl``, whole or not at all."""
-    runs.write_atomically(folder / FILE, "".join(json.dumps(candidate.row()) + "\n" for candidate in candidates))
+    storage.write_atomically(folder / FILE, "".join(json.dumps(candidate.row()) + "\n" for candidate in candidates))
 
 
 def load(folder: Path) -> list[Candidate]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from llamita import runs
+from llamita import storage
 from llamita.report import drawing, labels
 from llamita.report.drawing import Sketch
 from llamita.report.gather import Report
@@ -92,7 +92,7 @@ def read(report: Report) -> Alignment:
     for stage in report.stages:
         file = stage.path / FILE
         if stage.recipe == "assess" and file.is_file() and not models:
-            told = runs.read_mapping(file)
+            told = storage.read_mapping(file)
             try:
                 models = _names(told)
                 rows = _rows(told, report.models)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from llamita import locks, redaction, runs
+from llamita import locks, redaction, storage
 from llamita.metrics import parse_row, superseded_from
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Follower:
 
     def _read_identity(self) -> str:
         """Of the directory's run; another one, where the directory was made anew."""
-        identity = runs.read_mapping(self.path / "run.json").get("id")
+        identity = storage.read_mapping(self.path / "run.json").get("id")
         if not isinstance(identity, str):
             raise ValueError(f"{self.path / 'run.json'} has no id: no run wrote it")
         return identity

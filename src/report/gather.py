@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamita import runs
+from llamita import storage
 from llamita.report.kept import Kept, read_kept
 from llamita.report.metrics import Array, held_out_set
 from llamita.report.models import Model, headline_of, join_models, set_recovered
@@ -64,7 +64,7 @@ def gather(paths: Mapping[str, Path]) -> Report:
     if not paths:
         raise ValueError("runs must name at least one directory: runs.NAME=PATH")
     stages = [read_stage(name, path) for name, path in paths.items()]
-    evaluations = [runs.read_json(s.path / EVALUATION) for s in stages if (s.path / EVALUATION).is_file()]
+    evaluations = [storage.read_json(s.path / EVALUATION) for s in stages if (s.path / EVALUATION).is_file()]
     models = join_models(stages, evaluations)
     set_recovered(models)
     curve_set, curves = _curves(models)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llamita import progress, runs
+from llamita import progress, storage
 from llamita.report import assistants, drawing, labels, mended, palettes, pruning, quality, searches, training
 from llamita.report.drawing import Sketch
 from llamita.report.gather import Report
@@ -36,7 +36,7 @@ def write(report: Report, out: Path) -> list[str]:
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
     sketches = _sketches(report)
     names = [f"{PLOTS}/{drawing.save_png(sketch, out / PLOTS).name}" for group in sketches.values() for sketch in group]
-    runs.write_atomically(out / PAGE, html(report, sketches))
+    storage.write_atomically(out / PAGE, html(report, sketches))
     return [PAGE, *names]
 
 

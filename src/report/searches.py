@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from llamita import runs
+from llamita import storage
 from llamita.report import drawing, labels
 from llamita.report.drawing import Sketch
 from llamita.report.palettes import Palette
@@ -77,7 +77,7 @@ def read(stage: Stage) -> Search | None:
     return Search(
         name=stage.name,
         candidates=sorted(measured, key=_quality),
-        whole=runs.read_json(whole)["loss"] if whole.is_file() else None,
+        whole=storage.read_json(whole)["loss"] if whole.is_file() else None,
         limits={name: budget[name] for name in COSTS if budget.get(name) is not None},
     )
 

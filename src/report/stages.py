@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, storage
 from llamita.metrics import all_rows
 from llamita.report.metrics import Metrics
 from llamita.shapes import LlamaShape
@@ -112,7 +112,7 @@ def read_stage(name: str, path: Path) -> Stage:
     if not config.is_file() and not model.is_file():
         raise ValueError(f"runs.{name}={path} is neither a run directory (config.yaml) nor a model (config.json)")
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    done = runs.read_json(path / "DONE.json") if (path / "DONE.json").is_file() else None
+    done = storage.read_json(path / "DONE.json") if (path / "DONE.json").is_file() else None
     whole = model.is_file() and (done is not None or not config.is_file())
     return Stage(
         name=name,
@@ -121,13 +121,13 @@ def read_stage(name: str, path: Path) -> Stage:
         settings=saved.get("settings") or {},
         metrics=Metrics(all_rows(path) if (path / "metrics.jsonl").is_file() else ()),
         done=done,
-        identity=runs.read_json(path / "run.json") if (path / "run.json").is_file() else {},
+        identity=storage.read_json(path / "run.json") if (path / "run.json").is_file() else {},
         provenance=_optional_json(path / checkpoints.PROVENANCE),
-        shape=LlamaShape.from_config(runs.read_json(model)) if whole else None,
+        shape=LlamaShape.from_config(storage.read_json(model)) if whole else None,
         # Of a run's directory DONE.json knows the hashes; a foreign one would have to be read whole.
         sha256=checkpoints.content_hash(path) if model.is_file() and done is not None else None,
     )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return dict(runs.read_json(path)) if path.is_file() else {}
+    return dict(storage.read_json(path)) if path.is_file() else {}

@@ -15,7 +15,7 @@ import torch
 
 import preferred
 from conftest import REPOSITORY
-from llamita import checkpoints, runs
+from llamita import checkpoints, storage
 from llamita.metrics import read_metrics
 
 SCRIPT = REPOSITORY / "tests/align/processes/ranks.py"
@@ -78,7 +78,7 @@ def test_a_stop_on_one_rank_is_heard_by_all(folder: Path) -> None:
     assert {(folder / f"zero2-{rank}.txt").read_text() for rank in (0, 1)} == {
         "stopped after step 3 of 4; start it again to go on"
     }
-    assert runs.read_json(folder / "zero2/run.json")["restarts"] == 1
+    assert storage.read_json(folder / "zero2/run.json")["restarts"] == 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import peft
 import pytest
 
 from conftest import tiny_model
-from llamita import checkpoints
+from llamita import checkpoints, manifests
 from llamita.adapters import LoraConfig, Projection
 from llamita.align import reward_trainer, trainers, watch
 
@@ -118,7 +118,7 @@ def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
     path.mkdir(parents=True)
     (path / "weights").write_text(f"weights of step {step}")
     if whole:
-        checkpoints.write_manifest(path)
+        manifests.write_manifest(path)
     return path
 
 

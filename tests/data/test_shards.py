@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers import modeling_flash_attention_utils as flash
 
-from llamita import runs
+from llamita import storage
 from llamita.data import shards
 from llamita.data.pack import PackingConfig, pack
 from llamita.data.shards import IGNORE, START, UNSUPERVISED, PackedData, Words, decode
@@ -252,7 +252,7 @@ def test_a_missing_shard_is_refused_by_name(data: Path) -> None:
 def test_the_manifest_holds_the_hash_of_every_shard(data: Path) -> None:
     entries = json.loads((data / shards.MANIFEST).read_text())["splits"]["train"]["shards"]
     assert len(entries) > 1
-    assert [entry["sha256"] for entry in entries] == [runs.sha256(data / entry["file"]) for entry in entries]
+    assert [entry["sha256"] for entry in entries] == [storage.sha256(data / entry["file"]) for entry in entries]
 
 
 @pytest.mark.parametrize("byte", [64 + 8, 3 * 64 + 5])

@@ -14,7 +14,7 @@ import stored
 import torch
 import toy
 
-from llamita import checkpoints, runs
+from llamita import manifests, runs, storage
 from llamita.distill import cache_format, cached, capture
 from llamita.distill.cache import Cache, distance
 from llamita.distill.losses import IGNORE, LossConfig, supervised
@@ -84,7 +84,7 @@ def test_padding_and_documents_without_a_label_take_no_space() -> None:
 def test_an_entry_takes_three_bytes_and_two_more_where_its_value_is_its_own(sampler: Sampler, tmp_path: Path) -> None:
     cache = stored.make(tmp_path / "cache", sampler=sampler, samples_per_token=20)
     for folder in (tmp_path / "cache/shards").iterdir():
-        held = runs.read_json(folder / "shard.json")
+        held = storage.read_json(folder / "shard.json")
         assert (folder / "entries.bin").stat().st_size == 3 * held["entries"]
         assert (folder / "lengths.bin").stat().st_size == held["tokens"]
         _, counts = cache_format.unpack(np.fromfile(folder / "entries.bin", dtype=np.uint8))
@@ -183,7 +183,7 @@ def test_a_directory_of_another_cache_is_refused(change: dict[str, Any], copy: P
 
 @pytest.mark.parametrize("field", ["mask", "format"])
 def test_a_mask_rule_or_format_that_is_not_known_is_refused(field: str, copy: Path) -> None:
-    runs.write_json(copy / "identity.json", runs.read_json(copy / "identity.json") | {field: 99})
+    storage.write_json(copy / "identity.json", storage.read_json(copy / "identity.json") | {field: 99})
     with pytest.raises(ValueError, match=f"has {field} 99, this program knows"):
         capture.claim(copy, stored.identity())
 
@@ -271,14 +271,14 @@ def test_what_cannot_be_learnt_from_is_refused(loss: dict[str, Any], tokenizer: 
 def test_another_teacher_than_the_one_beside_it_is_refused(made: Path) -> None:
     caches, parents = {"big": Cache.open(made)}, {"student": "s"}
     cached.check_content(caches, parents, stored.splits(), "toy")
-    assert parents == {"student": "s", "big": "abc", "big/cache": runs.sha256(made / "cache.json")}
+    assert parents == {"student": "s", "big": "abc", "big/cache": storage.sha256(made / "cache.json")}
     with pytest.raises(ValueError, match=r"is of another teacher \(abc\) than teachers.big.path \(xyz\)"):
         cached.check_content(caches, {"big": "xyz"}, stored.splits(), "toy")
 
 
 def test_a_shard_is_published_whole(made: Path) -> None:
     for folder in (made / "shards").iterdir():
-        assert checkpoints.check_manifest(folder, hashes=True) is None
+        assert manifests.check_manifest(folder, hashes=True) is None
 
 
 def test_a_process_waits_for_the_shards_of_others_and_hears_of_a_stop(tmp_path: Path) -> None:

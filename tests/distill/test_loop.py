@@ -15,7 +15,7 @@ import torch
 import toy
 from torch import Tensor
 
-from llamita import checkpoints, runs
+from llamita import manifests, runs
 from llamita.distill import engines, launch, losses, speed
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
@@ -328,7 +328,7 @@ def test_f24_memory_that_runs_out_names_phase_and_setting_and_leaves_the_checkpo
 ) -> None:
     with pytest.raises(ValueError, match=message):  # three held-out batches come before the first step
         toy.go(tmp_path / "run", teachers=[Greedy({call})])
-    assert checkpoints.check_manifest(tmp_path / "run/checkpoints/step-2", hashes=True) is None
+    assert manifests.check_manifest(tmp_path / "run/checkpoints/step-2", hashes=True) is None
 
 
 def test_f24_memory_that_runs_out_in_a_save_leaves_the_older_checkpoint(
@@ -368,7 +368,7 @@ def test_retention_counts_only_whole_checkpoints(tmp_path: Path) -> None:
     from llamita.distill import state
 
     for step in (1, 2, 3, 10, 11):
-        with checkpoints.publishing(tmp_path / f"step-{step}") as folder:
+        with manifests.publishing(tmp_path / f"step-{step}") as folder:
             (folder / "weights").write_text("x" * step)
     for step in (10, 11):
         (tmp_path / f"step-{step}" / "weights").unlink()

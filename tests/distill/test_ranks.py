@@ -14,7 +14,7 @@ import pytest
 import torch
 import toy
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, manifests, storage
 from llamita.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent / "processes"
@@ -135,11 +135,11 @@ def test_each_rank_hashes_what_it_wrote_and_the_manifest_holds_all(
     step = folder / phase / "checkpoints/step-6"
     names = [{name.removeprefix("6/") for name in r[phase]["hashed"] if name.startswith("6/")} for r in results]
     assert not names[0] & names[1]
-    assert names[0] | names[1] == runs.read_json(step / "MANIFEST.json")["files"].keys()
+    assert names[0] | names[1] == storage.read_json(step / "MANIFEST.json")["files"].keys()
     assert "random-00001.json" in names[1]
     for rank in (0, 1) if phase.startswith("zero") else ():
         assert {f"weights-0000{rank}.safetensors", f"optimizer-0000{rank}.safetensors"} <= names[rank]
-    assert checkpoints.check_manifest(step, hashes=True) is None
+    assert manifests.check_manifest(step, hashes=True) is None
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_other_numbers_of_processes_go_on_as_if_nothing_had_happened(
     rows, weights = alone
     if (whole := phase.removesuffix("_part")) in (*BFLOAT16, *FROZEN):
         rows, weights = results[0][whole]["rows"], torch.tensor(results[0][whole]["weights"])
-    worlds = [runs.read_json(folder / phase / f"checkpoints/step-{n}/state.json")["world_size"] for n in (5, 6)]
+    worlds = [storage.read_json(folder / phase / f"checkpoints/step-{n}/state.json")["world_size"] for n in (5, 6)]
     assert worlds == [1, 2]
     curves = [
         {row["step"]: row["train/loss"] for row in lines if "train/loss" in row}
@@ -240,7 +240,7 @@ def test_f23_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Pat
     out, err = (process := launch(str(tmp_path), "hang")).communicate(timeout=300)
     assert process.returncode != 0, out + err
     assert time.monotonic() - begun < 120, "torchrun's own limit for a process that hears nothing is 30 s"
-    told = runs.read_json(tmp_path / "hang/ERROR.json")
+    told = storage.read_json(tmp_path / "hang/ERROR.json")
     assert (told["rank"], told["type"]) == (1, "TimeoutError")
     assert "run.hang_seconds=4 ends it" in told["message"]
     logs = [(tmp_path / f"hang/logs/rank-0000{rank}.log").read_text() for rank in (0, 1)]

@@ -17,7 +17,7 @@ import pytest
 import starts
 from cases import Case
 
-from llamita import checkpoints, runs
+from llamita import manifests, runs, storage
 from llamita.data.shards import PackedData
 from llamita.distill import state
 from llamita.metrics import mend_metrics, metric_rows, read_metrics
@@ -79,7 +79,7 @@ def test_f07_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 def test_f07_any_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, note: Note) -> None:
     """Of its manifest and of its files: there is no bit that could change unseen."""
-    with checkpoints.publishing(tmp_path / "step-1") as folder:
+    with manifests.publishing(tmp_path / "step-1") as folder:
         (folder / "weights.safetensors").write_bytes(bytes(range(64)))
         (folder / "state.json").write_text('{"step": 1}')
     found = 0
@@ -90,10 +90,10 @@ def test_f07_any_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, note: Note
             changed[place // 8] ^= 1 << place % 8
             file.write_bytes(changed)
             harmless = file.name == "MANIFEST.json" and same_json(content, bytes(changed))
-            assert harmless or checkpoints.check_manifest(tmp_path / "step-1", hashes=True), (file.name, place)
+            assert harmless or manifests.check_manifest(tmp_path / "step-1", hashes=True), (file.name, place)
             found += not harmless
         file.write_bytes(content)
-    assert checkpoints.check_manifest(tmp_path / "step-1", hashes=True) is None
+    assert manifests.check_manifest(tmp_path / "step-1", hashes=True) is None
     note(f"each of {found} flipped bits was found")
 
 
@@ -139,7 +139,7 @@ def test_f08_a_pointer_that_lies_is_not_followed(
 def test_f08_a_checkpoint_outside_of_the_run_is_refused(damaged: Case, whole: Made, tmp_path: Path, note: Note) -> None:
     """A manifest that names files elsewhere; and a link in a checkpoint's place is removed, not what it points to."""
     manifest = damaged.folder / "step-12" / "MANIFEST.json"
-    files = runs.read_mapping(manifest)["files"]
+    files = storage.read_mapping(manifest)["files"]
     manifest.write_text(json.dumps({"files": files | {"../step-9/state.json": files["state.json"]}}))
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("mine")
@@ -150,15 +150,15 @@ def test_f08_a_checkpoint_outside_of_the_run_is_refused(damaged: Case, whole: Ma
 
 
 WRITES = [
-    *[("llamita.runs:write_atomically", number) for number in (3, 4, 5, 7, 8, 9)],
+    *[("llamita.storage:write_atomically", number) for number in (3, 4, 5, 7, 8, 9)],
     *[("llamita.checkpoints:save_tensors", number) for number in (1, 2, 4)],
-    ("llamita.checkpoints:sync_and_hash", 2),
-    ("llamita.runs:fsync", 12),
+    ("llamita.manifests:sync_and_hash", 2),
+    ("llamita.storage:fsync", 12),
     ("llamita.runs:Run.log", 4),
 ]
 
 
-QUOTA = [("llamita.checkpoints:save_tensors", 2), ("llamita.runs:write_atomically", 9), ("llamita.runs:Run.log", 5)]
+QUOTA = [("llamita.checkpoints:save_tensors", 2), ("llamita.storage:write_atomically", 9), ("llamita.runs:Run.log", 5)]
 
 
 def test_f10_a_full_disk_at_any_write_ends_with_one_line_and_the_next_start_goes_on(
@@ -192,7 +192,7 @@ def test_f10_two_ranks_of_which_one_has_no_room_end_together(whole: Made, case: 
     """Nobody waits for a rank that could not write."""
     run = case()
     for rank, number in ((0, 3), (1, 2)):  # of its second checkpoint; the main rank syncs the manifest's too
-        spy = {"refuse_at": ["llamita.checkpoints:sync_and_hash", number, errno.ENOSPC]}
+        spy = {"refuse_at": ["llamita.manifests:sync_and_hash", number, errno.ENOSPC]}
         start = run.start(ranks=2, rank_spies={rank: spy})
         codes = start.wait(60)
         assert codes[rank] == 64, start.output()
@@ -246,7 +246,7 @@ def test_f10_a_disk_that_is_really_full_loses_nothing(disk: Path, whole: Made, c
 @pytest.mark.parametrize(
     ("code", "ending"), [(errno.EROFS, 64), (errno.ESTALE, 1), (errno.EIO, 1)], ids=["read-only", "stale", "broken"]
 )
-@pytest.mark.parametrize("target", ["llamita.checkpoints:publishing", "llamita.runs:sha256"], ids=["write", "read"])
+@pytest.mark.parametrize("target", ["llamita.manifests:publishing", "llamita.storage:sha256"], ids=["write", "read"])
 def test_f11_a_file_system_that_fails_ends_the_run_loudly_on_every_rank(
     code: int, ending: int, target: str, damaged: Case, whole: Made, note: Note
 ) -> None:
@@ -267,7 +267,7 @@ def test_f11_a_file_system_that_fails_ends_the_run_loudly_on_every_rank(
 def test_f11_a_slow_write_is_waited_for(whole: Made, case: Made, note: Note) -> None:
     """As long as a collective may take; beyond that the others end, as they do for a rank that hangs (F03)."""
     run = case()
-    slow = {"slow_at": ["llamita.checkpoints:write_manifest", 2, 6.0]}
+    slow = {"slow_at": ["llamita.manifests:write_manifest", 2, 6.0]}
     run.ends(0, 0, ranks=2, spies={"collective_timeout": 30.0}, rank_spies={0: slow})
     note("waited for; beyond the time-out as F03", **run.check_equal(whole(12, 2)))
 
@@ -323,7 +323,7 @@ def changed_shard(data: Path) -> str:
 
 def added_rows(data: Path) -> str:
     """A manifest of other shards: what preparing more documents would write."""
-    manifest = runs.read_mapping(data / "data.json")
+    manifest = storage.read_mapping(data / "data.json")
     manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     (data / "data.json").write_text(json.dumps(manifest))
     return "train"

@@ -128,8 +128,8 @@ def wait_for_rows(run: Case, steps: int, start: Any) -> None:
     ("rank", "spy"),
     [
         (1, {"signals_at": [[ACCUMULATE, 9, [KILL]]]}),
-        (0, {"signals_at": [["llamita.checkpoints:write_manifest", 2, [KILL]]]}),
-        (1, {"signals_at": [["llamita.checkpoints:sync_and_hash", 2, [KILL]]]}),
+        (0, {"signals_at": [["llamita.manifests:write_manifest", 2, [KILL]]]}),
+        (1, {"signals_at": [["llamita.manifests:sync_and_hash", 2, [KILL]]]}),
         (1, {"signals_at": [[STEP, 5, [signal.SIGSTOP]]]}),
     ],
     ids=["in a step", "main rank in a save", "later rank in a save", "hangs"],
@@ -158,10 +158,10 @@ STOPS: dict[str, tuple[int, dict[int, dict[str, Any]]]] = {
     "twice": (1, {0: {"signals_at": [[STEP, 5, [TERM, TERM]]]}}),
     "twice, in the step and in the save": (
         1,
-        {0: {"signals_at": [[STEP, 5, [TERM]], ["llamita.checkpoints:write_manifest", 2, [TERM]]]}},
+        {0: {"signals_at": [[STEP, 5, [TERM]], ["llamita.manifests:write_manifest", 2, [TERM]]]}},
     ),
-    "in a save": (1, {0: {"signals_at": [["llamita.checkpoints:write_manifest", 1, [TERM]]]}}),
-    "in a save, one of two ranks": (2, {1: {"signals_at": [["llamita.checkpoints:sync_and_hash", 1, [TERM]]]}}),
+    "in a save": (1, {0: {"signals_at": [["llamita.manifests:write_manifest", 1, [TERM]]]}}),
+    "in a save, one of two ranks": (2, {1: {"signals_at": [["llamita.manifests:sync_and_hash", 1, [TERM]]]}}),
 }
 
 
@@ -206,7 +206,7 @@ def test_f05_a_stop_file_ends_the_run_cleanly_whenever_it_comes(
 def test_f06_a_kill_in_the_save_after_a_stop_leaves_no_half_checkpoint(whole: Made, case: Made, note: Note) -> None:
     """The time of grace was too short; the next start says from which step it goes on."""
     run = case()
-    run.killed(spies={"signals_at": [[STEP, 5, [TERM]], ["llamita.checkpoints:write_manifest", 2, [KILL]]]})
+    run.killed(spies={"signals_at": [[STEP, 5, [TERM]], ["llamita.manifests:write_manifest", 2, [KILL]]]})
     assert run.good() == [3]
     assert [p.name for p in run.folder.glob("step-*")] == ["step-3"]
     assert "checkpoints/step-3" in run.ends(0).output(), "the message names the last good step"

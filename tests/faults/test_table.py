@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import table
 
-from llamita import runs
+from llamita import faults
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -42,16 +42,16 @@ def points_in_source() -> set[str]:
 
 
 def test_every_crash_point_is_in_the_list_and_used_by_a_test() -> None:
-    assert points_in_source() == set(runs.CRASH_POINTS)
+    assert points_in_source() == set(faults.CRASH_POINTS)
     tests = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py") if path != Path(__file__))
-    assert [name for name in runs.CRASH_POINTS if not re.search(rf'"{name}[":]', tests)] == []
+    assert [name for name in faults.CRASH_POINTS if not re.search(rf'"{name}[":]', tests)] == []
 
 
 def test_a_crash_point_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that names one would test nothing."""
     monkeypatch.setenv("LLAMITA_CRASH_AT", "before_renam:1")
     with pytest.raises(ValueError, match=r"must name one of .*before_rename.*, got 'before_renam'"):
-        runs.crash_point("before_rename")
+        faults.crash_point("before_rename")
 
 
 def test_the_table_tells_the_most_that_was_lost_and_names_what_failed() -> None:

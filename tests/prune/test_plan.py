@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibration import ranked
 from conftest import REPOSITORY, tiny_config
-from llamita import checkpoints, runs
+from llamita import checkpoints, storage
 from llamita.prune import plan, surgery
 from llamita.prune.importance import norm_gain
 from llamita.prune.plan import Plan
@@ -172,11 +172,11 @@ def test_the_hubs_own_config_becomes_that_of_the_small_llama(name: str, sizes: d
         },
     }.items():
         (tmp_path / folder).mkdir()
-        runs.write_json(tmp_path / folder / "config.json", fields)
+        storage.write_json(tmp_path / folder / "config.json", fields)
     _, config = made(checkpoints.load_config(tmp_path / "large"), target(name, rope=Rope.published))
     checkpoints.load_config(tmp_path / "small").save_pretrained(tmp_path / "published")
     config.save_pretrained(tmp_path / "pruned")
-    pruned, published = (runs.read_json(tmp_path / folder / "config.json") for folder in ("pruned", "published"))
+    pruned, published = (storage.read_json(tmp_path / folder / "config.json") for folder in ("pruned", "published"))
     assert pruned == published
     assert pruned["rope_parameters"]["rope_theta"] == 500000.0
     assert pruned["dtype"] == "bfloat16"

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 
 import assistants
 from conftest import REPOSITORY
-from llamita import chat, checkpoints, evaluate, runs
+from llamita import chat, checkpoints, harness, runs, storage
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
 from llamita.metrics import read_metrics
@@ -75,7 +75,7 @@ def made(recipe: Callable[[str], ModuleType], inputs: dict[str, Path]) -> Path:
 
 
 def test_every_model_has_every_figure_with_its_error(made: Path, inputs: dict[str, Path]) -> None:
-    found, done = runs.read_json(made / "results.json"), runs.check_done(made)
+    found, done = storage.read_json(made / "results.json"), runs.check_done(made)
     assert list(found["models"]) == ["again", "base", "other"]
     assert found["first"] == "base"
     expected = {"loss", "preference_accuracy", "preference_accuracy_per_token", "length/score", "truncated"}
@@ -92,13 +92,13 @@ def test_every_model_has_every_figure_with_its_error(made: Path, inputs: dict[st
     assert found["models"]["base"]["values"]["win_rate"] == {"value": 0.5, "stderr": 0}
     assert done["parents"]["other"] == checkpoints.content_hash(inputs["second"])
     assert done["parents"]["data"] == DialogueData.open(inputs["data"]).content_hash
-    assert done["parents"]["safety/harm"] == runs.sha256(inputs["list"])
+    assert done["parents"]["safety/harm"] == storage.sha256(inputs["list"])
     rows = {row["model"]: row for row in read_metrics(made)}
     assert rows["other"]["assess/loss"] == found["models"]["other"]["values"]["loss"]["value"]
 
 
 def test_differences_are_paired_with_the_first_model(made: Path) -> None:
-    found = runs.read_json(made / "results.json")
+    found = storage.read_json(made / "results.json")
     gaps = {gap["second"]: gap for gap in found["differences"]}
     assert gaps.keys() == {"again", "other"}
     assert all(gap["first"] == "base" for gap in gaps.values())
@@ -127,7 +127,7 @@ def test_figures_follow_from_the_models(made: Path, inputs: dict[str, Path]) -> 
         for place, supervised in enumerate(encoded.supervised):
             nats -= float(log_shares[place - 1, encoded.ids[place]]) if supervised else 0
             tokens += supervised
-    found = runs.read_json(made / "results.json")["models"]["other"]["values"]
+    found = storage.read_json(made / "results.json")["models"]["other"]["values"]
     assert found["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
     lines = (made / "measured" / "other.answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [row for row in map(json.loads, lines) if not row["id"].startswith("safety/")]
@@ -160,7 +160,7 @@ def test_a_restart_measures_only_what_is_missing(
         module.run(config)
     module.run(config)
     assert measured == ["base", "again", "other"]
-    first, second = (runs.read_json(folder / "results.json") for folder in (out, made))
+    first, second = (storage.read_json(folder / "results.json") for folder in (out, made))
     assert first == second
 
 
@@ -187,7 +187,7 @@ def test_what_was_measured_on_a_model_that_is_not_there_any_more_is_measured_aga
     shutil.copytree(inputs["second"], model)
     module.run(config)
     assert measured == ["a", "a", "b"]
-    found = runs.read_json(out / "results.json")["models"]
+    found = storage.read_json(out / "results.json")["models"]
     assert found["a"]["values"] == found["b"]["values"]
     assert found["a"]["sha256"] == found["b"]["sha256"]
 
@@ -223,7 +223,7 @@ def test_lm_eval_asks_with_the_chat_template(
     words = [f"models.base.path={inputs['first']}", "tasks=[gsm8k_cot_llama]", f"out={tmp_path / 'out'}"]
     module.run(told(recipe, words))
     assert asked == [(["gsm8k_cot_llama"], True, True)]
-    found = runs.read_json(tmp_path / "out" / "results.json")["models"]["base"]
+    found = storage.read_json(tmp_path / "out" / "results.json")["models"]["base"]
     assert found["tasks"] == {"gsm8k_cot_llama": {"exact_match": {"value": 0.25, "stderr": 0.1}}}
     assert read_metrics(tmp_path / "out")[0]["eval/gsm8k_cot_llama/exact_match"] == 0.25
 
@@ -241,13 +241,13 @@ def test_lm_eval_asks_in_the_dialogue_format_at_a_fixed_date(
         return apply(messages, **options)
 
     monkeypatch.setattr(tokenizer, "apply_chat_template", noted)
-    config = evaluate.TaskConfig(limit=1, apply_chat_template=True, fewshot_as_multiturn=True)
+    config = harness.TaskConfig(limit=1, apply_chat_template=True, fewshot_as_multiturn=True)
     model = checkpoints.load_model(inputs["first"]).train(False)
-    scores = evaluate.run_tasks(model, tokenizer, ["llamita_python_choice"], REPOSITORY / "tasks", config)
+    scores = harness.run_tasks(model, tokenizer, ["llamita_python_choice"], REPOSITORY / "tasks", config)
     assert "acc" in scores["llamita_python_choice"]
     assert written == [(["user"], chat.DATE)]
     with pytest.raises(ValueError, match=r"needs task\.apply_chat_template=true"):
-        evaluate.TaskConfig(fewshot_as_multiturn=True)
+        harness.TaskConfig(fewshot_as_multiturn=True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 import invented
 from conftest import REPOSITORY
-from llamita import checkpoints, locks, runs
+from llamita import checkpoints, locks, runs, storage
 from llamita.distill import cache, losses, optim, student
 from llamita.distill.samplers import Sampler
 from llamita.distill.teachers import Storage, TeacherConfig, check_settings
@@ -78,7 +78,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_a_cache_says_what_it_was_made_from_and_what_it_takes(made: Path, teacher: Path) -> None:
-    done, manifest = runs.check_done(made), runs.read_json(made / "cache.json")
+    done, manifest = runs.check_done(made), storage.read_json(made / "cache.json")
     assert done["parents"]["teacher"] == manifest["teacher"] == checkpoints.content_hash(teacher)
     summary = done["summary"]
     assert summary["distance"] == 0
@@ -151,7 +151,7 @@ def test_a_student_learns_from_a_cache_and_says_whose(
     out = distilled(module, data, tmp_path / "student", teachers={"big": TeacherConfig(cache=made)})
     provenance = json.loads((out / "llamita.json").read_text())
     assert provenance["parents"]["big"] == {"path": str(made), "sha256": checkpoints.content_hash(teacher)}
-    assert provenance["parents"]["big/cache"] == {"path": str(made), "sha256": runs.sha256(made / "cache.json")}
+    assert provenance["parents"]["big/cache"] == {"path": str(made), "sha256": storage.sha256(made / "cache.json")}
     summary = runs.check_done(out)["summary"]
     assert {"train/kd", "kd/soft_ce_big", "val/held_out/soft_ce_big", "val/held_out/bits_per_byte"} <= summary.keys()
     online = distilled(module, data, tmp_path / "online", teachers={"big": TeacherConfig(path=teacher)})

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import invented
 from conftest import REPOSITORY
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.adapters import LoraConfig
 from llamita.distill import hidden, losses, optim, student
 from llamita.distill.teachers import Attention, Placement, Storage, TeacherConfig
@@ -237,11 +237,11 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
         foreign.mkdir()
         for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(teacher / file, foreign / file)
-        runs.write_json(foreign / "config.json", runs.read_json(foreign / "config.json") | change)
+        storage.write_json(foreign / "config.json", storage.read_json(foreign / "config.json") | change)
         if not change:
-            tokenizer = runs.read_json(foreign / "tokenizer.json")
+            tokenizer = storage.read_json(foreign / "tokenizer.json")
             tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
-            runs.write_json(foreign / "tokenizer.json", tokenizer)
+            storage.write_json(foreign / "tokenizer.json", tokenizer)
     for name, message in (
         ("size", "vocabulary of 600, .* 640 ids"),
         ("words", "tokenizer of big .* is not that of data"),
@@ -425,6 +425,6 @@ def test_weights_are_drawn_from_the_seed(recipe: Callable[[str], ModuleType], da
         module.run(
             settings(module, data, out, student=from_shape(), steps=1, validation_rows=0, run=runs.RunConfig(seed=seed))
         )
-        hashes.append(runs.sha256(out / "model.safetensors"))
+        hashes.append(storage.sha256(out / "model.safetensors"))
         torch.rand(3)
     assert hashes[0] == hashes[1] != hashes[2]

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from conftest import tiny_config
-from llamita import runs
+from llamita import storage
 from llamita.distill import student
 from llamita.distill.teachers import check_model
 
@@ -28,9 +28,9 @@ def test_a_model_that_cannot_read_the_rows_is_refused_by_its_configuration(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     config = {**tiny_config().to_dict(), "architectures": ["LlamaForCausalLM"]}
-    runs.write_json(tmp_path / "config.json", config)
+    storage.write_json(tmp_path / "config.json", config)
     check_model("big", tmp_path, 64)
-    runs.write_json(tmp_path / "config.json", config | change)
+    storage.write_json(tmp_path / "config.json", config | change)
     with pytest.raises(ValueError, match=message):
         check_model("big", tmp_path, 64)
 

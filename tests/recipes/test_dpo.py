@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import preferred
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, faults, runs, storage
 from llamita.adapters import LoraConfig, Projection
 from llamita.align import preferences, watch
 from llamita.distill import launch
@@ -126,9 +126,9 @@ def test_the_result_is_a_stock_model_that_ends_its_turns(finished: Path, folder:
     encoder = chat.Encoder(checkpoints.load_tokenizer(folder / "model"))
     assert tokenizer.apply_chat_template(messages)["input_ids"] == encoder.dialogue(messages).ids
     assert GenerationConfig.from_pretrained(finished).eos_token_id == encoder.stop_ids
-    before, after = (runs.read_json(path / "config.json") for path in (folder / "model", finished))
+    before, after = (storage.read_json(path / "config.json") for path in (folder / "model", finished))
     assert before == after
-    provenance = runs.read_json(finished / "llamita.json")
+    provenance = storage.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"]["sha256"] == checkpoints.content_hash(folder / "model")
     assert provenance["parents"]["tokenizer"] == {
         "path": str(folder / "model"),
@@ -189,7 +189,7 @@ def test_a_crash_while_a_checkpoint_is_written_loses_that_one_alone(
             raise RuntimeError("the power went")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "crash_point", crash)
+        patch.setattr(faults, "crash_point", crash)
         with pytest.raises(RuntimeError, match="the power went"):
             module.run(config)
     whole = {step: (out / f"checkpoints/checkpoint-{step}/MANIFEST.json").exists() for step in (2, 4)}
@@ -231,8 +231,8 @@ def ends(model: Path) -> None:
 
 
 def words(model: Path) -> None:
-    definition = runs.read_mapping(model / "tokenizer.json")
-    runs.write_json(model / "tokenizer.json", definition | {"normalizer": {"type": "Lowercase"}})
+    definition = storage.read_mapping(model / "tokenizer.json")
+    storage.write_json(model / "tokenizer.json", definition | {"normalizer": {"type": "Lowercase"}})
 
 
 @pytest.mark.parametrize("edit", [template, ends, words])

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from transformers import LlamaForCausalLM
 
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.metrics import read_metrics
 from llamita.progress import Progress
 
@@ -113,7 +113,7 @@ def test_several_models_are_measured_against_a_teacher_and_each_other(
         f"out={out}",
     )
     recipe("evaluate").run(config)
-    found = runs.read_json(out / "evaluation.json")
+    found = storage.read_json(out / "evaluation.json")
     assert list(found["models"]) == sorted(["teacher", "first", "again", "teachers_twin"])
     assert found["teacher"] == "teacher"
     values = {name: entry["values"] for name, entry in found["models"].items()}
@@ -126,7 +126,7 @@ def test_several_models_are_measured_against_a_teacher_and_each_other(
     assert gaps[frozenset(("first", "again"))] == {"value": 0, "stderr": 0}
     assert len(gaps) == 6
     assert found["models"]["first"]["sha256"] == checkpoints.content_hash(models["first"])
-    split = runs.read_json(data / "data.json")["splits"]["validation"]
+    split = storage.read_json(data / "data.json")["splits"]["validation"]
     assert found["data"]["rows"] == split["rows"]
     assert found["data"]["tokens"] == split["labels"]
     assert (out / "DONE.json").is_file()
@@ -153,7 +153,7 @@ def test_the_number_of_processes_changes_nothing(
     recipe("evaluate").run(told(recipe, *overrides, f"out={tmp_path / 'one'}"))
     done = launch(*overrides, f"out={tmp_path / 'two'}", processes=2, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    one, two = (runs.read_json(tmp_path / name / "evaluation.json") for name in ("one", "two"))
+    one, two = (storage.read_json(tmp_path / name / "evaluation.json") for name in ("one", "two"))
     for metric, value in one["models"]["model"]["values"].items():
         assert two["models"]["model"]["values"][metric]["value"] == pytest.approx(value["value"], rel=1e-6), metric
         assert two["models"]["model"]["values"][metric]["stderr"] == pytest.approx(value["stderr"], rel=1e-6), metric
@@ -270,7 +270,7 @@ def test_tasks_alone_need_no_data(
     )
     config.task.limit = 4
     module.run(config)
-    entry = runs.read_json(tmp_path / "out" / "evaluation.json")["models"]["model"]
+    entry = storage.read_json(tmp_path / "out" / "evaluation.json")["models"]["model"]
     assert entry["values"] == {}
     assert 0 <= entry["tasks"]["llamita_python_cloze"]["acc"]["value"] <= 1
     assert "eval/llamita_python_cloze/acc" in read_metrics(tmp_path / "out")[0]
@@ -378,6 +378,6 @@ def test_a_gpu_measures_what_the_cpu_measures(
                 out=tmp_path / device,
             )
         )
-        found.append(runs.read_json(tmp_path / device / "evaluation.json")["models"]["model"]["values"])
+        found.append(storage.read_json(tmp_path / device / "evaluation.json")["models"]["model"]["values"])
     for metric, value in found[0].items():
         assert found[1][metric]["value"] == pytest.approx(value["value"], rel=1e-4), metric

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from llamita import directories, runs
+from llamita import directories, runs, storage
 from llamita.progress import Progress
 
 STAGE = """
@@ -111,7 +111,7 @@ def test_a_failed_stage_ends_the_pipeline_with_its_kind(
     with pytest.raises(error, match=r"stage a"):
         pipeline(a={"overrides": [f"code={code}"]}, b={"after": ["a"]})
     assert order(tmp_path) == ["a"]
-    assert runs.read_json(tmp_path / "out" / "pipeline.json") == {}
+    assert storage.read_json(tmp_path / "out" / "pipeline.json") == {}
 
 
 def test_the_end_of_the_log_is_in_the_message(pipeline: Callable[..., None]) -> None:
@@ -301,11 +301,11 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) for name in made)
     assert order(tmp_path) == ["b"]
     assert "hello from" in capfd.readouterr().out
-    record = runs.read_json(tmp_path / "out" / "pipeline.json")
+    record = storage.read_json(tmp_path / "out" / "pipeline.json")
     pipeline(a={"sweep": sweep}, b={"after": ["a"]})
     assert order(tmp_path) == ["b"], "nothing ran again"
     assert len(order(tmp_path, "a")) == 6
-    assert runs.read_json(tmp_path / "out" / "pipeline.json") == record
+    assert storage.read_json(tmp_path / "out" / "pipeline.json") == record
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -316,7 +316,7 @@ def test_a_point_that_fails_does_not_stop_the_others_and_what_reads_them_never_s
         pipeline(parallel, a={"sweep": {"code": [64, 0]}}, b={"after": ["a"]}, c={"after": ["b"]})
     assert sorted(order(tmp_path, "a")) == ["code_0", "code_64"]
     assert not (tmp_path / "out" / "order").exists()
-    assert runs.read_json(tmp_path / "out" / "pipeline.json").keys() == {"a.code_0"}
+    assert storage.read_json(tmp_path / "out" / "pipeline.json").keys() == {"a.code_0"}
 
 
 @pytest.mark.parametrize(

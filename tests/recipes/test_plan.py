@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from conftest import tiny_config, tiny_model
-from llamita import checkpoints, checks, runs
+from llamita import checkpoints, checks, runs, storage
 from llamita.data.sources import SourceConfig
 from llamita.data.tokens import TokenizerConfig
 from llamita.prune.importance import FORMAT
@@ -110,7 +110,7 @@ def bare_eight(folder: Path) -> str:
     """A directory that says no more than the shape of an 8B: its tokenizer may be any."""
     folder.mkdir()
     fields = PUBLISHED["meta-llama/Llama-3.1-8B"].config_fields()
-    runs.write_json(folder / "config.json", tiny_config(**fields, max_position_embeddings=131072).to_dict())
+    storage.write_json(folder / "config.json", tiny_config(**fields, max_position_embeddings=131072).to_dict())
     return f"model.path={folder}"
 
 
@@ -233,7 +233,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, recipe: Callable[[str], Modul
 def model(path: Path, data: Path, **overrides: Any) -> Path:
     """A tiny model directory with the tokenizer of ``data``."""
     path.mkdir()
-    size = runs.read_json(data / "data.json")["vocab_size"]
+    size = storage.read_json(data / "data.json")["vocab_size"]
     tiny = tiny_model(**({"vocab_size": size} | overrides))
     checkpoints.save_model(tiny, path, source=data / "tokenizer", provenance={})
     return path
@@ -346,7 +346,7 @@ def test_data_that_is_seen_many_times_is_captured_once(plan: Planner, data: Path
         f"out={tmp_path / 'out'}",
     )
     cached = answer["stages"][0]["ways"][-1]
-    rows = runs.read_json(data / "data.json")["splits"]["train"]["rows"]
+    rows = storage.read_json(data / "data.json")["splits"]["train"]["rows"]
     assert cached["cache_bytes"] == rows * 64 * 49
     assert cached["recommended"]
 
@@ -388,9 +388,9 @@ def test_every_mistake_of_a_distillation_is_seen(plan: Planner, data: Path, tmp_
 
 def test_another_tokenizer_than_the_datas_is_a_mistake(plan: Planner, data: Path, tmp_path: Path) -> None:
     student = model(tmp_path / "s", data)
-    definition = runs.read_json(student / "tokenizer.json")
+    definition = storage.read_json(student / "tokenizer.json")
     definition["model"]["merges"] = definition["model"]["merges"][:-1]
-    runs.write_json(student / "tokenizer.json", definition)
+    storage.write_json(student / "tokenizer.json", definition)
     answer = plan(
         "recipe=distill", f"student.path={student}", f"data.path={data}", "num_gpus=1", f"out={tmp_path / 'out'}"
     )
@@ -555,9 +555,9 @@ def test_stages_of_different_tokenizers_are_a_mistake_before_the_first_one_runs(
     plan: Planner, data: Path, text: Path, tmp_path: Path
 ) -> None:
     mine, other = model(tmp_path / "mine", data), model(tmp_path / "other", data)
-    definition = runs.read_json(other / "tokenizer.json")
+    definition = storage.read_json(other / "tokenizer.json")
     definition["model"]["merges"] = definition["model"]["merges"][:-1]
-    runs.write_json(other / "tokenizer.json", definition)
+    storage.write_json(other / "tokenizer.json", definition)
     out = tmp_path / "pipeline"
 
     def mistakes(tokenizer: Path) -> list[str]:
@@ -743,7 +743,7 @@ def test_a_task_that_nobody_knows_is_a_mistake(
     def unknown(names: list[str], _: Path) -> None:
         raise ValueError(f"tasks has {names[0]!r}, which lm-eval does not know")
 
-    monkeypatch.setattr("llamita.evaluate.task_manager", unknown)
+    monkeypatch.setattr("llamita.harness.task_manager", unknown)
     small = model(tmp_path / "m", data)
     answer = plan("recipe=evaluate", f"model.path={small}", "tasks=[nothing]", f"out={tmp_path / 'x'}")
     assert answer["mistakes"] == ["tasks has 'nothing', which lm-eval does not know"]

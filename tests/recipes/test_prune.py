@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.metrics import read_metrics
 from llamita.prune import importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
@@ -161,7 +161,7 @@ def test_one_command_makes_a_stock_model_with_its_tokenizer(model: Path, data: P
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {name.split("=")[0].removeprefix("target.") for name in SMALL}
     runs.check_done(out)
-    provenance = runs.read_json(out / "llamita.json")
+    provenance = storage.read_json(out / "llamita.json")
     assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}
     assert provenance["parents"]["calibration"]["path"] == str(data)
     assert provenance["plan"]["parameters_after"] == shape.num_parameters
@@ -205,7 +205,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert not [*out.glob(".model-*"), *out.rglob("*.tmp")]
     assert weights_of(out) == weights_of(finished)
     assert importances(out) == importances(finished)
-    files = [runs.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
     assert files[0] == files[1]
 
 
@@ -228,10 +228,10 @@ def test_scores_are_measured_once_and_serve_other_targets(
         assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert importances(first) == importances(tmp_path / "again") == importances(tmp_path / "third")
     assert len(importances(first)) == 3
-    losses = [runs.read_json(path / "DONE.json")["summary"]["loss_before"] for path in (second, tmp_path / "third")]
+    losses = [storage.read_json(path / "DONE.json")["summary"]["loss_before"] for path in (second, tmp_path / "third")]
     assert losses[0] == losses[1]
     digest = Scores.load(first).content_hash
-    assert runs.read_json(tmp_path / "third/llamita.json")["parents"]["scores"]["sha256"] == digest
+    assert storage.read_json(tmp_path / "third/llamita.json")["parents"]["scores"]["sha256"] == digest
 
 
 def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
@@ -269,7 +269,7 @@ def test_the_same_shape_is_the_identity(
     assert source.keys() == result.keys()
     assert all(torch.equal(result[name], tensor) for name, tensor in source.items())
     assert (tmp_path / "out/config.json").read_bytes() == (model / "config.json").read_bytes()
-    summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
+    summary = storage.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_before"] == summary["loss_after"]
 
 
@@ -310,7 +310,7 @@ def test_kept_output_rows_are_named_by_their_tokens(
     assert not any(info.values())
     tokens = checkpoints.load_tokenizer(model).convert_ids_to_tokens(ids)
     assert stock.config.id2label == dict(enumerate(tokens))
-    assert runs.read_json(tmp_path / "out/llamita.json")["plan"]["output_rows"] == ids
+    assert storage.read_json(tmp_path / "out/llamita.json")["plan"]["output_rows"] == ids
 
 
 def test_calibration_uses_as_many_tokens_as_asked(
@@ -342,14 +342,14 @@ def overflow(path: Path) -> None:
 
 
 def lose_the_rope(path: Path) -> None:
-    config = runs.read_json(path / "config.json")
+    config = storage.read_json(path / "config.json")
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
-    runs.write_json(path / "config.json", config)
+    storage.write_json(path / "config.json", config)
 
 
 def shorten(path: Path) -> None:
-    config = runs.read_json(path / "config.json")
-    runs.write_json(path / "config.json", config | {"max_position_embeddings": 32})
+    config = storage.read_json(path / "config.json")
+    storage.write_json(path / "config.json", config | {"max_position_embeddings": 32})
 
 
 def lose_the_weights(path: Path) -> None:
@@ -499,7 +499,7 @@ def test_what_was_cut_is_mended_and_said_to_be(
 ) -> None:
     compensation = CompensationConfig(attention_steps=20, layer_steps=40, head_steps=40, tied_steps=40)
     recipe("prune").run(settings(recipe, model, data, tmp_path / "out", compensation=compensation))
-    summary = runs.read_json(tmp_path / "out/DONE.json")["summary"]
+    summary = storage.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_after"] == summary["loss_mended"] < summary["loss_cut"]
     rows = [row for row in read_metrics(tmp_path / "out") if "prune/error/refit" in row]
     assert [row["step"] for row in rows] == [0, 1]

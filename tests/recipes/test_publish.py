@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import invented
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.adapters import LoraConfig
 from llamita.distill import optim, student
 from llamita.precision import Precision
@@ -76,7 +76,7 @@ def test_the_last_checkpoint_is_the_model_that_the_run_would_have_published(
     assert done["summary"]["step"] == 4
     assert checkpoints.Weights(out).dtype is torch.bfloat16
     assert done["parents"] == runs.check_done(trained)["parents"]
-    provenance = runs.read_json(out / "llamita.json")
+    provenance = storage.read_json(out / "llamita.json")
     assert provenance["checkpoint"] == {"path": str(killed / "checkpoints/step-4"), "step": 4}
     assert provenance["metrics"]["train/loss"] == runs.check_done(trained)["summary"]["train/loss"]
 

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 import invented
 import pruning_methods
 from conftest import REPOSITORY, tiny_model
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.data import loader, shards
 from llamita.metrics import read_metrics
 from llamita.prune import mend, plan, search, stream, surgery
@@ -104,7 +104,7 @@ def test_candidates_are_ranked_by_the_loss_of_what_is_cut_and_mended(
     losses = [candidate.loss or 0.0 for candidate in found]
     distilled = {candidate.name for candidate in found if candidate.recovered is not None}
     assert distilled == {candidate.name for candidate in sorted(found, key=lambda c: c.loss or 0.0)[:2]}
-    assert runs.read_json(finished / "whole.json")["loss"] == pytest.approx(
+    assert storage.read_json(finished / "whole.json")["loss"] == pytest.approx(
         stream.mean_loss(weights, rows, dtype=torch.float32)
     )
     assert len(set(losses)) == 4
@@ -114,7 +114,7 @@ def test_the_winner_is_the_best_behind_distillation_and_a_ready_target(finished:
     found = [candidate for candidate in search.load(finished) if candidate.recovered is not None]
     best = min(found, key=lambda candidate: candidate.recovered or 0.0)
     runs.check_done(finished)
-    assert runs.read_json(finished / "DONE.json")["summary"]["name"] == best.name
+    assert storage.read_json(finished / "DONE.json")["summary"]["name"] == best.name
     rows = list(loader.Sequential(shards.PackedData.open(data).split("validation"), batch_rows=4, max_rows=8))
     student = checkpoints.Weights(finished / "distilled" / best.name)
     assert student.shape == best.shape

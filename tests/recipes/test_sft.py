@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import REPOSITORY, tiny_model
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.adapters import LoraConfig
 from llamita.align import dialogues
 from llamita.data import tokens
@@ -444,7 +444,7 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     templated = tmp_path / "templated"
     shutil.copytree(model, templated)
     settings_of_its_own = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1, "_from_model_config": True}
-    runs.write_json(templated / "generation_config.json", settings_of_its_own)
+    storage.write_json(templated / "generation_config.json", settings_of_its_own)
     (templated / "chat_template.jinja").write_text(chat.TEMPLATE + "{# another #}")
     bad = [{"role": "user", "content": f"what is {chat.TURN_END}?"}, {"role": "assistant", "content": "an end"}]
     source = write(tmp_path / "talks", [bad, *(talk(n) for n in range(9))], [talk(9)])
@@ -455,7 +455,7 @@ def test_a_dialogue_that_cannot_be_written_is_counted_and_too_many_end_the_run(
     config.data.max_refused = 0.2
     assert len(documents(packed(module, config), "train")) == 9
     assert module._dialogue_rows.counts(config.out / "packed")["sft/refused"] == 1
-    spoken = runs.read_json(config.out / "packed/tokenizer/generation_config.json")
+    spoken = storage.read_json(config.out / "packed/tokenizer/generation_config.json")
     assert (spoken["temperature"], spoken["eos_token_id"]) == (
         0.6,
         chat.Encoder(module.check(config).tokenizer).stop_ids,
@@ -507,9 +507,9 @@ def test_dialogues_and_teachers_that_do_not_fit_are_refused_before_anything_is_w
     refused(r"has no train.dialogues.jsonl", data=write(tmp_path / "none", [], [talk(0)]))
     foreign = tmp_path / "foreign"
     shutil.copytree(model, foreign)
-    definition = runs.read_json(foreign / "tokenizer.json")
+    definition = storage.read_json(foreign / "tokenizer.json")
     definition["model"]["merges"] = definition["model"]["merges"][:-1]
-    runs.write_json(foreign / "tokenizer.json", definition)
+    storage.write_json(foreign / "tokenizer.json", definition)
     refused(
         r"tokenizer of big .* is not that of model.path",
         teachers={"big": TeacherConfig(path=foreign)},

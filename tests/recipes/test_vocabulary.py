@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vocabularies
 from conftest import tiny_model
-from llamita import chat, checkpoints, runs
+from llamita import chat, checkpoints, runs, storage
 from llamita.data import sources, tokens
 from llamita.metrics import read_metrics
 from llamita.prune import surgery, vocabulary
@@ -108,7 +108,7 @@ def test_the_directory_is_stock_and_says_where_it_comes_from(model: Path, data: 
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x)"}], return_dict=False)
     assert ids[:2] == tokenizer.convert_tokens_to_ids([chat.BOS, chat.HEADER])
     runs.check_done(finished)
-    provenance = runs.read_json(finished / "llamita.json")
+    provenance = storage.read_json(finished / "llamita.json")
     assert provenance["parents"]["model"] == {"path": str(model), "sha256": checkpoints.content_hash(model)}
     assert provenance["parents"]["data"]["path"] == str(data)
     summary, row = runs.read_done(finished)["summary"], read_metrics(finished)[-1]
@@ -175,8 +175,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert not (out / "DONE.json").exists()
     recipe("vocabulary").run(settings(recipe, model, out, data=data))
     assert not [*out.glob(".model-*"), *out.glob(".tokenizer*"), *out.rglob("*.tmp")]
-    files = runs.read_json(out / "DONE.json")["files"]
-    assert files.keys() == runs.read_json(finished / "DONE.json")["files"].keys()
+    files = storage.read_json(out / "DONE.json")["files"]
+    assert files.keys() == storage.read_json(finished / "DONE.json")["files"].keys()
     for name in files.keys() - {"llamita.json"}:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 

@@ -18,7 +18,7 @@ import yaml
 
 import invented
 from conftest import REPOSITORY
-from llamita import checkpoints, runs
+from llamita import checkpoints, runs, storage
 from llamita.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -250,10 +250,10 @@ def undisturbed(
 
 def test_two_nodes_train_one_student_with_deepspeed(undisturbed: Path) -> None:
     assert "on 2 node(s)" in logs(undisturbed)
-    assert runs.read_json(undisturbed / "run.json")["restarts"] == 0
+    assert storage.read_json(undisturbed / "run.json")["restarts"] == 0
     assert sorted(path.name for path in (undisturbed / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     (step,) = [path for path in (undisturbed / "checkpoints").iterdir() if path.name == "step-40"]
-    assert runs.read_json(step / "state.json")["world_size"] == 2
+    assert storage.read_json(step / "state.json")["world_size"] == 2
 
 
 def test_a_run_that_is_preempted_in_the_middle_ends_with_the_weights_of_one_that_was_not(
@@ -268,7 +268,7 @@ def test_a_run_that_is_preempted_in_the_middle_ends_with_the_weights_of_one_that
     cluster.run("scontrol", "requeue", job)
     assert cluster.wait(job) == {job: "COMPLETED"}, logs(out)
     assert cluster.restarts(job) == 1
-    assert runs.read_json(out / "run.json")["restarts"] == 1, "the preemption came after the end"
+    assert storage.read_json(out / "run.json")["restarts"] == 1, "the preemption came after the end"
     assert checkpoints.content_hash(out) == checkpoints.content_hash(undisturbed)
     rows = [row["step"] for row in read_metrics(out) if "train/loss" in row]
     assert rows == list(range(1, 41)), "a step was lost or counted twice"

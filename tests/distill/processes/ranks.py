@@ -18,7 +18,7 @@ import torch
 import toy
 from accelerate.state import AcceleratorState, GradientState
 
-from llamita import checkpoints, runs
+from llamita import manifests, runs
 from llamita.distill import sharded
 from llamita.distill.launch import DeepSpeedConfig
 from llamita.distill.losses import TeacherStates
@@ -37,7 +37,7 @@ AFTER = int(os.environ.get("TOY_AFTER", "2"))
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 hashed: list[str] = []
 """Files that this rank has hashed for a manifest."""
-sync_and_hash = checkpoints.sync_and_hash
+sync_and_hash = manifests.sync_and_hash
 
 
 def recorded(folder: Path, names: Any) -> Any:
@@ -45,7 +45,7 @@ def recorded(folder: Path, names: Any) -> Any:
     return sync_and_hash(folder, names)
 
 
-checkpoints.sync_and_hash = recorded
+manifests.sync_and_hash = recorded
 
 
 class Broken(ResidentTeacher):

@@ -13,7 +13,7 @@ from typing import Any
 import starts
 from starts import Start, Zygote
 
-from llamita import checkpoints, runs
+from llamita import manifests, storage
 from llamita.distill import state
 
 SHAPE = {
@@ -83,7 +83,7 @@ class Case:
     def good(self) -> list[int]:
         """Published steps, each with all of its content."""
         steps = state.steps_in(self.folder)
-        return [s for s in steps if checkpoints.check_manifest(self.folder / f"step-{s}", hashes=True) is None]
+        return [s for s in steps if manifests.check_manifest(self.folder / f"step-{s}", hashes=True) is None]
 
     def taken(self) -> list[tuple[int, int, list[dict[str, Any]]]]:
         """Of each start that took a step: the step it went on from, the last one it began, and what it read."""
@@ -145,4 +145,4 @@ def epochs(rows: list[int], size: int) -> list[Counter[int]]:
 
 def ids(out: Path) -> str:
     """The identity that a dashboard knows the run by."""
-    return str(runs.read_mapping(out / "run.json")["id"])
+    return str(storage.read_mapping(out / "run.json")["id"])

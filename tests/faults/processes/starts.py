@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from llamita import runs
+from llamita import storage
 from llamita.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
@@ -149,4 +149,4 @@ def curve(out: Path, name: str = "train/loss") -> list[tuple[int, float]]:
 def state_hashes(checkpoint: Path) -> dict[str, str]:
     """Hash of each file of a checkpoint that decides how training goes on."""
     kept = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("random-*.json")]
-    return {file.name: runs.sha256(file) for file in sorted(kept)}
+    return {file.name: storage.sha256(file) for file in sorted(kept)}
