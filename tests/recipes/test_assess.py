@@ -218,8 +218,8 @@ def test_lm_eval_asks_with_the_chat_template(
         asked.append((list(names), bool(tokenizer.chat_template), config.apply_chat_template))
         return {"gsm8k_cot_llama": {"exact_match": module.evaluate.Estimate(0.25, 0.1)}}
 
-    monkeypatch.setattr(module.evaluate, "check_tasks", lambda *_: None)
-    monkeypatch.setattr(module.evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(module.harness, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(module.harness, "run_tasks", run_tasks)
     words = [f"models.base.path={inputs['first']}", "tasks=[gsm8k_cot_llama]", f"out={tmp_path / 'out'}"]
     module.run(told(recipe, words))
     assert asked == [(["gsm8k_cot_llama"], True, True)]
