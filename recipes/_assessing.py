@@ -172,12 +172,13 @@ def keep(
 
 def made_from(name: str, config: Any, asked: Questions, hashes: Mapping[str, str]) -> str:
     """A hash of everything that decides what is measured of a model, with what the files hold now."""
-    lists = sorted(config.task_path.rglob("*")) if config.tasks else []
+    folder = config.task_path or harness.TASKS
+    lists = sorted(folder.rglob("*")) if config.tasks else []
     return blocks.identity(
         inputs={key: value for key, value in hashes.items() if key not in config.models} | {"model": hashes[name]},
         tokenizer=checkpoints.dialogue_hash(config.models[name].path),
         rows=[[row.id for row in asked.dialogues], [row.id for row in asked.pairs]],
-        tasks={str(file.relative_to(config.task_path)): storage.sha256(file) for file in lists if file.is_file()},
+        tasks={str(file.relative_to(folder)): storage.sha256(file) for file in lists if file.is_file()},
     )
 
 

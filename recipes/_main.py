@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import re
 import socket
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 # Python puts the script's folder first on the path, where recipes/evaluate.py would hide the package `evaluate`.
@@ -85,6 +88,8 @@ def command(name: str, schema: type[T], run: Callable[[T], None]) -> Callable[[]
 
     @hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)
     def compose(cfg: DictConfig) -> None:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(redaction.Formatter(handler.formatter))
         try:
             run(settings(cfg, schema))
         except Exception as error:  # Hydra would repeat all overrides before the one message that matters
@@ -107,6 +112,7 @@ def _refuse_secrets(settings: dict[str, Any]) -> None:
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 75 saved and to be started again, 64 the user's error in one message."""
     _tell(runs.EXIT_CRASH)  # stands if this process dies without a word
+    sys.excepthook = _say_all
     try:
         _refuse_secrets(dict(word.partition("=")[::2] for word in sys.argv[1:]))  # Hydra repeats a failed command line
         main()
@@ -174,4 +180,9 @@ def _message(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(redaction.redacted(text), file=sys.stderr, flush=True)
+
+
+def _say_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody caught, without keys: a batch job keeps it in a file."""
+    _say("".join(traceback.format_exception(kind, error, trace)).rstrip())

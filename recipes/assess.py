@@ -24,7 +24,6 @@ from llamita.progress import Progress
 log = logging.getLogger(__name__)
 
 FILE = "results.json"
-TASKS = Path(__file__).resolve().parent.parent / "tasks"
 
 
 @dataclass(kw_only=True)
@@ -86,8 +85,8 @@ class Assess:
     """Of the bootstrap."""
     tasks: list[str] = field(default_factory=list)
     """Names of lm-eval tasks."""
-    task_path: Path = TASKS
-    """Folder of task files beside lm-eval's own."""
+    task_path: Path | None = None
+    """Folder of task files beside lm-eval's own; unset: ``tasks/`` of the repository."""
     task: harness.TaskConfig = field(
         default_factory=lambda: harness.TaskConfig(apply_chat_template=True, fewshot_as_multiturn=True)
     )

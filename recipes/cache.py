@@ -27,9 +27,6 @@ from llamita.precision import Precision
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 600.0
-"""How long a worker waits for another one that looks at the same directory."""
-
 
 @dataclass(kw_only=True)
 class TeacherConfig(teachers.PlacementConfig):
@@ -117,8 +114,8 @@ def owned(config: Cache) -> AbstractContextManager[runs.Run]:
     shared = config.workers > 1
     # A dashboard gets a run for each worker, not for each look at what they share.
     quiet = dataclasses.replace(config.run, wandb=runs.WandbMode.off) if shared else config.run
-    plain, seconds = storage.plain(config), WAIT_SECONDS if shared else 0.0
-    return runs.start_when_free(config.out, "cache", plain, quiet, may_change=capture.MAY_CHANGE, seconds=seconds)
+    begin = runs.start_when_free if shared else runs.start
+    return begin(config.out, "cache", storage.plain(config), quiet, may_change=capture.MAY_CHANGE)
 
 
 def share(config: Cache, inputs: Inputs) -> list[capture.Shard]:

@@ -23,7 +23,6 @@ from llamita.data import loader, shards
 from llamita.progress import Progress
 
 FILE = "evaluation.json"
-TASKS = Path(__file__).resolve().parent.parent / "tasks"
 
 
 @dataclass(kw_only=True)
@@ -63,8 +62,8 @@ class Evaluate:
     data: DataConfig = field(default_factory=DataConfig)
     tasks: list[str] = field(default_factory=list)
     """Names of lm-eval tasks."""
-    task_path: Path = TASKS
-    """Folder of task files beside lm-eval's own."""
+    task_path: Path | None = None
+    """Folder of task files beside lm-eval's own; unset: ``tasks/`` of the repository."""
     task: harness.TaskConfig = field(default_factory=harness.TaskConfig)
     dtype: str | None = None
     """Of weights and forward pass; unset: as the weights are stored."""

@@ -43,10 +43,9 @@ def refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"out={path} is a file; it must be a directory")
     names = {entry.name for entry in path.iterdir()} - BATCH_FILES if path.is_dir() else set()
-    # What a start leaves that was killed while it took the lock over from another.
-    names = {name for name in names if not name.startswith(".lock-")}
-    # A later rank may have made logs/ before rank 0 comes here.
-    if names - {"logs"} and not names & {"config.yaml", ".lock"}:
+    names = {name for name in names if not _is_half_made(name)}
+    # A later rank may have made logs/ before rank 0 comes here, and told its error after rank 0 has left.
+    if names - {"logs", faults.FILE} and not names & {"config.yaml", ".lock"}:
         raise ValueError(f"out={path} holds files that no run wrote; choose an empty or new directory")
 
 
@@ -95,10 +94,19 @@ def forget(path: Path) -> None:
     Otherwise the corrected command would be refused, because the directory belongs to other settings.
     """
     written = {"config.yaml", "run.json", "logs", "wandb", sinks.TENSORBOARD, faults.FILE}
-    if {entry.name for entry in path.iterdir()} <= written | BATCH_FILES | {".lock"}:
+    names = {entry.name for entry in path.iterdir() if not _is_half_made(entry.name)}
+    if names <= written | BATCH_FILES | {".lock"}:
         for name in written:
             shutil.rmtree(path / name, ignore_errors=True)
             if (path / name).is_file():
                 (path / name).unlink()
         with contextlib.suppress(OSError):
             (path / "control").rmdir()  # stays where a batch job has put something into it
+
+
+def _is_half_made(name: str) -> bool:
+    """Whether a file is one that another process writes at this moment, or that one has left which was killed then.
+
+    A lock that is being taken over from a dead owner, or a text under its temporary name.
+    """
+    return name.startswith(".lock-") or (name.startswith(".") and name.endswith(".tmp"))

@@ -14,6 +14,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from llamita import chat
 from llamita.evaluate import Estimate
 
+TASKS = Path(__file__).resolve().parent.parent / "tasks"
+"""Task files of this repository, which wait beside the library, also in a copy of both."""
+
 
 @dataclass(kw_only=True)
 class TaskConfig:
@@ -38,28 +41,29 @@ class TaskConfig:
 
 
 def task_manager(names: Sequence[str], task_path: Path | None) -> Any:
-    """lm-eval's index of tasks, with those below ``task_path`` first.
+    """lm-eval's index of tasks, with those below ``task_path`` (unset: ``TASKS``) first.
 
     Raises:
         ValueError: lm-eval is not installed, or it does not know one of ``names``.
     """
+    folder = task_path or TASKS
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f'tasks={list(names)} need lm-eval: pip install -e ".[eval]"') from error
-    if task_path is not None and not task_path.is_dir():
-        raise ValueError(f"task_path={task_path} is not a directory")
+    if not folder.is_dir():
+        raise ValueError(f"task_path={folder} is not a directory")
     # Indexing lm-eval's own thousands of files takes long: only where a name is not local.
-    manager = TaskManager(include_path=task_path, include_defaults=False) if task_path else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=task_path)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise ValueError(f"tasks has {name!r}, which neither lm-eval nor task_path={task_path} knows{hint}")
+            raise ValueError(f"tasks has {name!r}, which neither lm-eval nor task_path={folder} knows{hint}")
     for entry in manager.task_index.values():
-        _root_data_files(entry, task_path)
+        _root_data_files(entry, folder)
     return manager
 
 
@@ -79,14 +83,14 @@ def check_tasks(names: Sequence[str], task_path: Path | None) -> None:
         ) from error
 
 
-def _root_data_files(entry: Any, task_path: Path | None) -> None:
+def _root_data_files(entry: Any, folder: Path) -> None:
     """Let ``data_files`` of a local task be relative to its YAML file: lm-eval would look in the working directory.
 
     A task with functions of its own (``!function``) is left as it is, because they are bound when its file is read.
     """
     kwargs = (entry.cfg or {}).get("dataset_kwargs") or {}
     file, files = entry.yaml_path, kwargs.get("data_files")
-    if task_path is None or file is None or files is None or not file.is_relative_to(task_path):
+    if file is None or files is None or not file.is_relative_to(folder):
         return
     if "!function" not in file.read_text(encoding="utf-8"):
         kwargs["data_files"] = _below(file.parent.resolve(), files)

@@ -17,6 +17,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30.0
+POLL_SECONDS = 1.0
 STALE_SECONDS = 300.0
 """A lock of another host that was not touched for this long is taken over."""
 
@@ -50,13 +51,40 @@ class Lock:
             try:
                 create(self._file, self._text)
             except FileExistsError:
-                if (owner := self.dead_owner()) is not None:
-                    self._take_over(owner)
+                try:
+                    owner = self.dead_owner()
+                except Owned:
+                    if not self._is_of_a_silent_job():
+                        raise
+                else:
+                    if owner is not None:
+                        self._take_over(owner)
                 continue
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return
         raise Owned(f"out={self._file.parent} is being taken by another run; choose another out")
+
+    def _is_of_a_silent_job(self) -> bool:
+        """Whether another Slurm job that owns the directory leaves it, or gives no sign of life for long enough.
+
+        Its processes cannot be seen from another node. One that was killed leaves its lock, and the job that is
+        submitted in its place starts within seconds: refused as a user's error, it would take all jobs that wait for
+        it along.
+        """
+        mine, owner = self._mine(), _owner_in(self._file)
+        if mine["job"] is None or owner.get("job") in (None, mine["job"]) or _same_host(owner, mine):
+            return False
+        log.warning("%s has the lock of job %s; waiting for a sign of life", self._file.parent, owner["job"])
+        try:
+            last = self._file.stat().st_mtime
+            while time.time() - last <= STALE_SECONDS:
+                time.sleep(POLL_SECONDS)
+                if self._file.stat().st_mtime != last:
+                    return False
+        except FileNotFoundError:
+            pass
+        return True
 
     def _take_over(self, owner: Mapping[str, Any]) -> None:
         """Remove a dead owner's lock. Of several that try, one wins the rename; a lock made meanwhile is put back."""
@@ -94,8 +122,7 @@ class Lock:
             owner, age = _owner_in(self._file), time.time() - self._file.stat().st_mtime
         except FileNotFoundError:
             return None
-        # Containers of one machine, or of two that have the same name, do not see each other's processes.
-        same_host = all(owner.get(key) == mine[key] for key in ("host", "processes"))
+        same_host = _same_host(owner, mine)
         dead = same_host and _process_start(owner["pid"]) != owner.get("started")
         # Not this start of it: a job that was started once on each of its nodes would own the directory many times.
         earlier = mine["job"] is not None and owner.get("job") == mine["job"] and owner.get("start") != mine["start"]
@@ -182,6 +209,14 @@ def _owner_in(file: Path) -> dict[str, Any]:
     except ValueError:  # no text, or no JSON: a power cut leaves anything
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def _same_host(owner: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether an owner's process can be seen from here if it lives.
+
+    Containers of one machine, or of two that have the same name, do not see each other's processes.
+    """
+    return all(owner.get(key) == mine[key] for key in ("host", "processes"))
 
 
 def _process_space() -> str | None:

@@ -5,6 +5,7 @@ Imports nothing that takes time: every recipe asks before it does anything else.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,3 +50,15 @@ def redacted(text: str) -> str:
     for pattern in SECRETS.values():
         text = re.sub(pattern, "(hidden)", text)
     return text
+
+
+class Formatter(logging.Formatter):
+    """Writes a record as another formatter does, without keys: a library may name the proxy with its password."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The redacted text of a record, its traceback included."""
+        return redacted(self._inner.format(record))

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llamita import directories, faults, locks, sinks, stops, storage
+from llamita import directories, faults, locks, redaction, sinks, stops, storage
 from llamita.metrics import mend_metrics
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ EXIT_REQUEUE = 75
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Rank 0 alone hashes models and publishes; the others wait for it."""
+WAIT_SECONDS = 0.2
+"""Between two looks at a directory that another process owns."""
 LEAVE_SECONDS = 30.0
 """How long a later rank waits at its end for rank 0 to leave first."""
 
@@ -229,6 +231,7 @@ class Run:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         faults.crash_point("before_done")
+        self._lock.check()  # again: hashing takes minutes, and one that was suspended in it is not the owner any more
         storage.write_json(self.path / "DONE.json", done)
         faults.crash_point("after_done")
 
@@ -290,7 +293,8 @@ def start(
             yield run
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, Stopped):
-                traceback.print_exc(file=handler.stream)  # the screen may show the message only
+                # The screen may show the message only.
+                print(redaction.redacted(traceback.format_exc()), file=handler.stream)
                 faults.record(path, error)
             raise
         finally:
@@ -312,27 +316,25 @@ def start(
 
 @contextmanager
 def start_when_free(
-    path: Path,
-    recipe: str,
-    settings: Mapping[str, Any],
-    config: RunConfig,
-    *,
-    may_change: Collection[str] = (),
-    seconds: float,
+    path: Path, recipe: str, settings: Mapping[str, Any], config: RunConfig, *, may_change: Collection[str] = ()
 ) -> Iterator[Run]:
-    """As :func:`start`, for a directory that several processes share in turns: waits while another one owns it."""
-    deadline = time.monotonic() + seconds
+    """As :func:`start`, for a directory that several processes share in turns: waits while another one owns it.
+
+    For as long as that lives: one that finishes what they share may take hours for it.
+
+    Raises:
+        Stopped: the run was asked to stop while it waited.
+    """
+    stop = stops.StopSignal(path)
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 run = stack.enter_context(start(path, recipe, settings, config, may_change=may_change))
                 break
             except locks.Owned as error:
-                if seconds == 0:
-                    raise
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"waited {seconds:.0f} s in vain: {error}") from error
-                time.sleep(0.2)
+                if stop.is_set():
+                    raise Stopped(f"stopped while {path} had another owner; start it again to go on") from error
+                time.sleep(WAIT_SECONDS)
         yield run
 
 
@@ -380,6 +382,7 @@ def _log_to_file(path: Path) -> logging.FileHandler:
     file = faults.log_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)  # a later rank may be here before rank 0
     handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(redaction.Formatter(form))
     logging.getLogger().addHandler(handler)
     return handler

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -30,6 +31,14 @@ def composed(name: str, *overrides: str) -> Any:
 def test_every_recipe_has_a_configuration_that_composes(name: str, recipe: Callable[[str], ModuleType]) -> None:
     recipe(name)
     assert "out" in composed(name).keys()  # noqa: SIM118  (a value that is still missing is no member)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_setting_depends_on_where_the_code_is(name: str, recipe: Callable[[str], ModuleType]) -> None:
+    """A job runs from a copy; one that is submitted again from another copy would have other settings."""
+    recipe(name)
+    settings = OmegaConf.to_yaml(composed(name), resolve=False)
+    assert str(CONFIGS.parent) not in settings
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -106,6 +106,33 @@ def test_a_requeued_job_takes_its_own_lock_but_not_that_of_a_node_beside_it(
     locks.Lock(tmp_path).acquire()
 
 
+def test_a_job_waits_for_a_sign_of_life_from_the_lock_of_another_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was killed a moment ago cannot take back the job that was submitted in its place."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    lock_of(tmp_path, host="another node", job="4711")
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            os.utime(tmp_path / ".lock", (time.time() + 1, time.time() + 1))
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+    with pytest.raises(locks.Owned, match="owned by another run"):
+        locks.Lock(tmp_path).acquire()
+    assert len(slept) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.3)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.05)
+    lock_of(tmp_path, host="another node", job="4711")
+    lock = locks.Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
 def test_a_run_that_lost_its_directory_writes_nothing_more_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

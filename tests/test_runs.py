@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llamita import runs, storage
+from llamita import faults, runs, storage
 from llamita.metrics import read_metrics
 from llamita.runs import RunConfig
 
@@ -103,6 +104,32 @@ def test_a_first_start_that_fails_before_any_work_leaves_no_trace(tmp_path: Path
     with pytest.raises(ValueError, match="wrong"), runs.start(tmp_path / "out", "x", SETTINGS, RunConfig()):
         raise ValueError("wrong")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_later_rank_tells_of_a_failed_first_start_refuses_no_corrected_command(tmp_path: Path) -> None:
+    """In a batch job's directory, which stays; the ranks fail together, and not in the order of their numbers."""
+    (tmp_path / "control").mkdir()
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "x-1.out").write_text("said")
+    (tmp_path / "control" / "exit-1-0").mkdir()
+    with pytest.raises(ValueError, match="wrong"), runs.start(tmp_path, "x", SETTINGS, RunConfig()):  # noqa: PT012
+        (tmp_path / ".ERROR.json-0badf00d.tmp").write_text("{")  # which another rank is about to publish
+        raise ValueError("wrong")
+    faults.record(tmp_path, ValueError("wrong on rank 1 too"))
+    with runs.start(tmp_path, "x", {"seed": 1}, RunConfig()) as run:
+        assert run.settings == {"seed": 1}
+
+
+def test_no_key_that_a_library_says_is_in_the_log(tmp_path: Path) -> None:
+    address = "http://somebody:CanaryF6@proxy:3128"
+    with pytest.raises(RuntimeError), runs.start(tmp_path, "x", SETTINGS, RunConfig()) as run:  # noqa: PT012
+        run.log({"train/loss": 1.0}, step=1)
+        logging.getLogger("llamita.sinks").warning("wandb failed: %s does not answer", address)
+        raise RuntimeError(f"cannot reach {address}")
+    text = (tmp_path / "logs" / "rank-00000.log").read_text()
+    assert "does not answer" in text
+    assert "RuntimeError: cannot reach" in text
+    assert "CanaryF6" not in text
 
 
 def test_a_failure_after_some_work_keeps_it(tmp_path: Path) -> None:

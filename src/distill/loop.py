@@ -181,9 +181,11 @@ class Trainer:
             while counters.step < steps:
                 stop = self.step_and_log(batches)
                 progress.update(counters.step, self._note())
+                if stop:  # first of all: the time of grace may end within a validation
+                    self.save()
                 if self._is_due(self.config.validation_every):
                     self.validate()
-                if self._is_due(self.config.checkpoint_every) or stop:
+                if self._is_due(self.config.checkpoint_every):
                     self.save()
                 if self._is_due(self.config.log_every):
                     progress.tell(self._facts())

@@ -72,7 +72,7 @@ def find(folder: Path) -> dict[Path, tuple[str, str]]:
         if {"config.yaml", "run.json"} <= set(files):
             parents = path.parent.relative_to(folder).parts if depth else ()
             found[path] = (project_name(parents or ((path.parent if depth == 0 else folder).name,)), path.name)
-            below.clear()  # what a run has inside is its own
+            below[:] = [name for name in below if name == "workers"]  # what else it has inside is its own
         elif depth >= DEEPEST:
             below.clear()
         below[:] = sorted(name for name in below if not name.startswith("."))

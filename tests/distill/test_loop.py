@@ -16,7 +16,7 @@ import toy
 from torch import Tensor
 
 from llamita import manifests, runs
-from llamita.distill import engines, launch, losses, speed
+from llamita.distill import engines, launch, loop, losses, speed
 from llamita.distill.losses import IGNORE, LossConfig, TeacherStates
 from llamita.distill.teachers import Attention, ResidentTeacher, document_mask, last_hidden
 from llamita.metrics import read_metrics
@@ -200,6 +200,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: tuple[Path, str, dict[str, Ten
     assert json.loads(random_states[0]).keys() == json.loads(random_states[1]).keys()
     for name in ("train/loss", "optim/grad_norm", "val/held/loss", "data/tokens"):
         assert losses_of(out, name) == losses_of(again, name)
+
+
+def test_a_stop_is_saved_before_the_validation_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may take longer than the time of grace."""
+    saved, validate = {}, loop.Trainer.validate
+
+    def noted(trainer: loop.Trainer) -> None:
+        saved[trainer.counters.step] = (tmp_path / f"run/checkpoints/step-{trainer.counters.step}").is_dir()
+        validate(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "validate", noted)
+    with pytest.raises(runs.Stopped, match="after step 3 of 6"):
+        toy.go(tmp_path / "run", source=toy.Interrupted(batch=8, micro=8))
+    assert saved == {0: False, 3: True}
 
 
 def test_random_states_survive(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_f02_two_hundred_kills_at_random_times_cost_nothing_but_time(whole: Made
     """Killed while it starts, computes, logs or saves, without knowing which; no kill costs more than an interval."""
     kills, dice = 200, random.Random(0)
     fields = {"checkpoint_every": 2, "validation_every": 0}
-    run, reference = case(1200, **fields), whole(1200, **fields)
+    run, reference = case(800, **fields), whole(800, **fields)
     began = time.monotonic()
     for _ in range(kills):
         start = run.start()

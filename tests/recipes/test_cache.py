@@ -135,12 +135,14 @@ def test_a_worker_waits_while_another_looks_at_the_directory(tmp_path: Path, mon
     lock = locks.Lock(tmp_path)
     lock.acquire()
     monkeypatch.setattr(runs.time, "sleep", lambda _: lock.release())
-    with runs.start_when_free(tmp_path, "cache", {}, runs.RunConfig(), seconds=60):
+    with runs.start_when_free(tmp_path, "cache", {}, runs.RunConfig()):
         pass
     lock = locks.Lock(tmp_path)
     lock.acquire()
-    with pytest.raises(TimeoutError, match="owned by another run"):
-        runs.start_when_free(tmp_path, "cache", {}, runs.RunConfig(), seconds=-1).__enter__()
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "stop").touch()
+    with pytest.raises(runs.Stopped, match="another owner"):
+        runs.start_when_free(tmp_path, "cache", {}, runs.RunConfig()).__enter__()
     lock.release()
 
 

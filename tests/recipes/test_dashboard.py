@@ -60,12 +60,14 @@ def test_a_pipeline_is_a_project_and_its_stages_are_its_runs(tmp_path: Path) -> 
     for name in ("demo/teacher", "demo/student", "alone", "llama3.2/deep/er", "registry-x/a", "my_system/b"):
         log_steps(tmp_path / "outputs" / name, range(1, 2))
     log_steps(tmp_path / "outputs" / "demo" / "teacher" / "inside", range(1, 2))
+    log_steps(tmp_path / "outputs" / "demo" / "teacher" / "workers" / "00003-of-00016", range(1, 2))
     (tmp_path / "outputs" / ".cache").mkdir()
     log_steps(tmp_path / "outputs" / ".cache" / "hidden", range(1, 2))
     found = board.find(tmp_path / "outputs")
     assert {path.name: project for path, (project, _) in found.items()} == {
         "teacher": "demo",
         "student": "demo",
+        "00003-of-00016": "demo-teacher-workers",
         "alone": "outputs",
         "er": "llama3-2-deep",
         "a": "registry-x-runs",
