@@ -19,8 +19,8 @@ from pathlib import Path
 from llamita import storage
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("recipes", "src", "configs", "slurm", "typings", "pyproject.toml")
-"""What a job runs from: all of the repository that is code or settings."""
+CODE = ("recipes", "src", "configs", "slurm", "tasks", "typings", "pyproject.toml")
+"""What a job runs from: all of the repository that is code or settings, or that a recipe reads by default."""
 
 DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
 """Recipes that run as one process per GPU; every other is one process on one node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -311,6 +312,21 @@ def test_a_snapshot_is_the_code_named_by_its_content_and_wins_over_what_is_insta
         text=True,
     )
     assert Path(done.stdout.strip()).resolve() == (first.path / "src" / "runs.py").resolve()
+
+
+def test_whatever_of_the_repository_a_recipe_reads_is_in_a_snapshot(module: ModuleType, tmp_path: Path) -> None:
+    """Recipes look beside their own folder: what is missing there is missing on Slurm only."""
+    files = [*(REPOSITORY / "recipes").glob("*.py"), *(REPOSITORY / "src").rglob("*.py")]
+    named = {name for file in files for name in re.findall(r'(?:\.parent\.parent|ROOT) / "([^"]+)"', file.read_text())}
+    assert named >= {"tasks", "configs", "recipes"}
+    snapshot = module.Snapshot(tmp_path)
+    snapshot.write()
+    for name in named:
+        found, wanted = (
+            {str(file.relative_to(root)) for file in (root / name).rglob("*") if "__pycache__" not in file.parts}
+            for root in (snapshot.path, REPOSITORY)
+        )
+        assert found == wanted, name
 
 
 def test_a_copy_that_failed_half_way_leaves_no_snapshot(
