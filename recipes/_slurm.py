@@ -23,7 +23,9 @@ CODE = ("recipes", "src", "configs", "slurm", "tasks", "typings", "pyproject.tom
 """What a job runs from: all of the repository that is code or settings, or that a recipe reads by default."""
 
 DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
-"""Recipes that run as one process per GPU; every other is one process on one node."""
+"""Recipes that take all nodes, with one process per GPU."""
+SHARING = frozenset({"sample", "assess", "evaluate", "prune"})
+"""Recipes whose processes share the work on one node; every recipe that is in neither is one process."""
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}")
@@ -54,9 +56,9 @@ class LauncherConfig:
 
     kind: Launcher = Launcher.local
     nodes: int = 1
-    """Nodes of a stage that trains; every other stage takes one."""
+    """Nodes of a stage that trains, or of ``cache``; every other stage takes one."""
     gpus_per_node: int = 0
-    """GPUs of each node of a stage that trains; every other stage takes one where this is not 0."""
+    """GPUs of each node, one per process. A stage that does not train takes as many of them as it has processes."""
     time: str = "24:00:00"
     """Limit of one start, in Slurm's form days-hours:minutes:seconds. A stage that needs longer is started again."""
     at_a_time: int = 0
@@ -82,6 +84,32 @@ class LauncherConfig:
                 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a stage takes of Slurm; each of its nodes is the same."""
+
+    nodes: int
+    processes_per_node: int
+    gpus_per_node: int
+
+    @property
+    def processes(self) -> int:
+        """Over all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+def layout(recipe: str, processes: int, launcher: LauncherConfig) -> Layout:
+    """Where a stage runs that has ``processes`` on one machine."""
+    gpus = launcher.gpus_per_node
+    if recipe in DISTRIBUTED:
+        if gpus:
+            return Layout(launcher.nodes, gpus, gpus)
+        nodes = max(n for n in range(1, launcher.nodes + 1) if processes % n == 0)
+        return Layout(nodes, processes // nodes, 0)
+    each = processes if recipe in SHARING else 1
+    return Layout(1, min(each, gpus), min(each, gpus)) if gpus else Layout(1, each, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchStage:
     """One stage as one job, or as an array of them."""
@@ -93,7 +121,7 @@ class BatchStage:
     out: Path
     """The run directory; of a sweep the folder of its points'."""
     processes: int = 1
-    """Where there is no GPU: over all nodes."""
+    """On one machine; :func:`layout` says what Slurm makes of it."""
     workers: int = 1
     """Jobs that share the stage's directory."""
     points: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -116,13 +144,9 @@ class BatchStage:
     def _words(self) -> list[str]:
         return [*self.overrides, *(word for words in self.points.values() for word in words)]
 
-    def nodes(self, launcher: LauncherConfig) -> int:
-        """How many the stage takes; its processes are the same on each."""
-        if self.recipe not in DISTRIBUTED:
-            return 1
-        if launcher.gpus_per_node:
-            return launcher.nodes
-        return max(n for n in range(1, launcher.nodes + 1) if self.processes % n == 0)
+    def layout(self, launcher: LauncherConfig) -> Layout:
+        """What the stage takes."""
+        return layout(self.recipe, self.processes, launcher)
 
     def array(self, launcher: LauncherConfig) -> str | None:
         """Indices of the array's jobs, and how many run at a time."""
@@ -133,7 +157,7 @@ class BatchStage:
 
     def options(self, launcher: LauncherConfig) -> list[str]:
         """What stands behind ``#SBATCH``."""
-        gpus = launcher.gpus_per_node if self.recipe in DISTRIBUTED else min(launcher.gpus_per_node, 1)
+        takes = self.layout(launcher)
         array = self.array(launcher)
         return [
             f"--job-name={self.name}",
@@ -141,9 +165,9 @@ class BatchStage:
             f"--chdir={Path.cwd()}",
             f"--output={self.out}/slurm/{'%x-%A_%a' if array else '%x-%j'}.out",
             "--open-mode=append",
-            f"--nodes={self.nodes(launcher)}",
+            f"--nodes={takes.nodes}",
             "--ntasks-per-node=1",
-            *([f"--gpus-per-node={gpus}"] if gpus else []),
+            *([f"--gpus-per-node={takes.gpus_per_node}"] if takes.gpus_per_node else []),
             "--exclusive",
             "--mem=0",
             "--wait-all-nodes=1",
@@ -163,9 +187,9 @@ class BatchStage:
             "",
             f"export LLAMITA_ROOT={quoted(str(code))}",
             f"export LLAMITA_PYTHON={quoted(sys.executable)}",
+            # Not left to SLURM_GPUS_ON_NODE: an exclusive job is given every GPU of its node, however few it asked for.
+            f"export LLAMITA_PROCESSES_PER_NODE={self.layout(launcher).processes_per_node}",
         ]
-        if not launcher.gpus_per_node and self.recipe in DISTRIBUTED:
-            lines.append(f"export LLAMITA_PROCESSES_PER_NODE={self.processes // self.nodes(launcher)}")
         if self.points:
             lines.append('case "$SLURM_ARRAY_TASK_ID" in')
             for index, (name, words) in enumerate(self.points.items()):

@@ -269,10 +269,42 @@ def test_a_wrong_command_line_is_refused_before_anything_runs(
     assert not cluster.calls("srun")
 
 
-def test_a_recipe_of_one_process_refuses_many_nodes(cluster: Cluster) -> None:
-    cluster.recipe("prune", "tell(0)")
-    code, output = cluster.run("prune", "out=work", SLURM_NNODES="2")
-    assert (code, "one process" in output) == (64, True), output
+@pytest.mark.parametrize(("recipe", "reason"), [("average", "one process"), ("prune", "shares its work on one node")])
+def test_a_recipe_of_one_node_refuses_many(cluster: Cluster, recipe: str, reason: str) -> None:
+    cluster.recipe(recipe, "tell(0)")
+    code, output = cluster.run(recipe, "out=work", SLURM_NNODES="2", LLAMITA_PROCESSES_PER_NODE="2")
+    assert (code, reason in output) == (64, True), output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told", "expected"),
+    [
+        ("prune", {"LLAMITA_PROCESSES_PER_NODE": "2"}, "2"),
+        ("sample", {"SLURM_GPUS_ON_NODE": "2"}, "2"),
+        ("evaluate", {"SLURM_GPUS_ON_NODE": "2", "LLAMITA_PROCESSES_PER_NODE": "1"}, None),
+        ("assess", {}, None),
+        ("average", {"LLAMITA_PROCESSES_PER_NODE": "2"}, None),
+    ],
+)
+def test_processes_share_the_work_of_a_node_and_one_alone_is_the_plain_run(
+    cluster: Cluster, recipe: str, told: dict[str, str], expected: str | None
+) -> None:
+    body = "(out / ('seen-' + os.environ.get('RANK', 'alone'))).write_text(os.environ.get('WORLD_SIZE', '')); tell(0)"
+    cluster.recipe(recipe, body)
+    smi = cluster.root / "stubs" / "nvidia-smi"
+    smi.write_text("#!/bin/bash\necho 'GPU 0: a'; echo 'GPU 1: b'\n")
+    smi.chmod(0o755)
+    code, output = cluster.run(recipe, "out=work", SLURM_JOB_ID=str(free_port() - 20000), **told)
+    assert code == 0, output
+    seen = {path.name: path.read_text() for path in (cluster.root / "work").glob("seen-*")}
+    assert seen == ({"seen-alone": ""} if expected is None else {"seen-0": expected, "seen-1": expected})
+
+
+@pytest.mark.parametrize("wrong", ["0", "many"])
+def test_a_number_of_processes_that_is_none_is_refused(cluster: Cluster, wrong: str) -> None:
+    cluster.recipe("distill", "tell(0)")
+    code, output = cluster.run("distill", "out=work", LLAMITA_PROCESSES_PER_NODE=wrong)
+    assert (code, f"must be at least 1, got '{wrong}'" in output) == (64, True), output
 
 
 def test_out_of_an_experiment_is_asked_from_the_recipe(cluster: Cluster) -> None:

@@ -77,6 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"nodes": 4, "gpus_per_node": 8, "options": ["--partition=gpu", "--constraint=h100&ib"]},
     ),
     "one_process": ({"overrides": HOSTILE}, {"nodes": 4, "gpus_per_node": 8, "time": "2-00:00:00"}),
+    "sharing": ({"recipe": "sample", "processes": 2}, {"nodes": 4, "gpus_per_node": 8}),
     "cpu": ({"recipe": "distill", "processes": 6}, {"nodes": 4}),
     "workers": ({"recipe": "cache", "workers": 16}, {"gpus_per_node": 8, "at_a_time": 4}),
     "sweep": (
@@ -151,7 +152,7 @@ def test_without_gpus_a_stage_has_as_many_processes_as_locally(
     launcher = module.LauncherConfig(kind="slurm", nodes=nodes)
     made = stage(module, OUT, name="x", recipe="distill", processes=processes)
     script = made.script(launcher, OUT)
-    assert made.nodes(launcher) * per_node == processes
+    assert made.layout(launcher).nodes * per_node == processes
     assert f"export LLAMITA_PROCESSES_PER_NODE={per_node}\n" in script
     assert f"#SBATCH --nodes={processes // per_node}\n" in script
 
@@ -272,10 +273,58 @@ def test_launcher_files_hold_settings_of_the_launcher(name: str, module: ModuleT
     assert module.LauncherConfig(**values).kind == name
 
 
-def test_the_script_and_the_submitter_agree_on_who_runs_on_many_nodes(module: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("recipe_name", "processes", "gpus", "expected"),
+    [
+        ("distill", 1, 8, (4, 8, 8)),
+        ("cache", 2, 8, (4, 8, 8)),
+        ("evaluate", 2, 8, (1, 2, 2)),
+        ("sample", 8, 8, (1, 8, 8)),
+        ("assess", 8, 2, (1, 2, 2)),
+        ("prune", 1, 8, (1, 1, 1)),
+        ("prune", 3, 0, (1, 3, 0)),
+        ("average", 8, 8, (1, 1, 1)),
+        ("report", 8, 0, (1, 1, 0)),
+    ],
+)
+def test_a_stage_takes_what_its_recipe_can_use(
+    module: ModuleType, recipe_name: str, processes: int, gpus: int, expected: tuple[int, int, int]
+) -> None:
+    """Whole nodes for training, as many GPUs as processes where these share the work of a node, one otherwise."""
+    launcher = module.LauncherConfig(kind="slurm", nodes=4, gpus_per_node=gpus)
+    made = stage(module, OUT, name="x", recipe=recipe_name, processes=processes)
+    takes = made.layout(launcher)
+    assert (takes.nodes, takes.processes_per_node, takes.gpus_per_node) == expected
+    assert takes.processes == expected[0] * expected[1]
+    script = made.script(launcher, OUT)
+    assert f"export LLAMITA_PROCESSES_PER_NODE={expected[1]}\n" in script, "an exclusive job sees all GPUs of its node"
+    assert (f"#SBATCH --gpus-per-node={expected[2]}\n" in script) == (gpus > 0)
+
+
+def test_the_script_and_the_submitter_agree_on_who_runs_on_many_nodes_and_who_shares_one(module: ModuleType) -> None:
     script = (REPOSITORY / "slurm" / "run.sbatch").read_text()
-    line = next(line for line in script.splitlines() if line.strip().startswith("distill |"))
-    assert {name.strip(" )") for name in line.split("|")} == module.DISTRIBUTED
+    for first, recipes in (("distill |", module.DISTRIBUTED), ("sample |", module.SHARING)):
+        line = next(line for line in script.splitlines() if line.strip().startswith(first))
+        assert {name.strip(" );") for name in line.split("|")} == recipes
+
+
+def test_recipes_that_can_share_their_work_are_those_that_ask_who_else_runs(module: ModuleType) -> None:
+    """What a recipe and the modules of recipes that it imports ask; a new one must be put into a class."""
+    folder = REPOSITORY / "recipes"
+
+    def text(name: str, seen: set[str]) -> str:
+        seen.add(name)
+        own = (folder / f"{name}.py").read_text()
+        parts = [
+            part for part in re.findall(r"^(?:from|import) (_\w+)", own, re.M) if (folder / f"{part}.py").is_file()
+        ]
+        return own + "".join(text(part, seen) for part in parts if part not in seen)
+
+    # A plan only names the others, and a search starts processes of its own.
+    names = {file.stem for file in folder.glob("[a-z]*.py")} - {"plan", "search"}
+    asks = re.compile("PartialState|WORLD_SIZE|Accelerator")
+    able = {name for name in names if asks.search(text(name, set()))}
+    assert able == module.DISTRIBUTED | module.SHARING
 
 
 def test_a_snapshot_is_the_code_named_by_its_content_and_wins_over_what_is_installed(
