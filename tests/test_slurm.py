@@ -214,6 +214,20 @@ def test_three_starts_that_leave_nothing_new_end_the_job(cluster: Cluster) -> No
     assert requeued == [True, True, False]
 
 
+def test_a_crash_that_left_nothing_ends_the_job_at_once_only_on_its_first_start(cluster: Cluster) -> None:
+    """A node that dies in the eleventh start is no reason to end a weekend; two such starts in a row are."""
+    requeued = []
+    for start, body in enumerate(
+        ["save(); tell(75)", "raise RuntimeError", "save(); tell(75)", *["raise RuntimeError"] * 2]
+    ):
+        cluster.recipe("prune", body)
+        (cluster.root / "stubs" / "scontrol.log").unlink(missing_ok=True)
+        _, output = cluster.run("prune", "out=work", SLURM_RESTART_COUNT=str(start))
+        requeued.append(cluster.requeued)
+    assert requeued == [True, True, True, True, False]
+    assert "it crashed, and two starts in a row left nothing new" in output
+
+
 def test_hidden_folders_and_logs_are_no_progress(cluster: Cluster) -> None:
     litter = """
 names = ("logs/rank-00000.log", f".model-{time.time_ns()}/shard-0", "metrics.jsonl", "run.json", "ERROR.json")
