@@ -341,6 +341,41 @@ def test_a_node_without_its_gpus_is_left_out_of_the_next_start(cluster: Cluster)
     assert not (cluster.root / "work" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("body", ["sleep 300", "echo 'GPU 0: a'; echo 'GPU 1: b'; exit 9"])
+def test_a_node_whose_gpus_do_not_answer_is_left_out_of_the_next_start(cluster: Cluster, body: str) -> None:
+    """A driver that hangs must not hold the whole job until its time limit."""
+    cluster.recipe("prune", "save(); tell(0)")
+    patience = '#!/bin/bash\n[ "$1 $2 $3" = \'-k 5 60\' ] && shift 3\nexec /usr/bin/timeout -k 1 1 "$@"\n'
+    for name, text in (("nvidia-smi", f"#!/bin/bash\n{body}\n"), ("timeout", patience)):
+        (cluster.root / "stubs" / name).write_text(text)
+        (cluster.root / "stubs" / name).chmod(0o755)
+    code, output = cluster.run("prune", "out=work", SLURM_GPUS_ON_NODE="2")
+    assert (code, cluster.requeued) == (70, True), output
+    assert f"ExcNodeList={os.uname().nodename}" in cluster.calls("scontrol")
+
+
+def test_a_site_may_read_what_nobody_has_set_and_only_the_site(cluster: Cluster) -> None:
+    """Modules and conda do; the rest of the script keeps its guards."""
+    (cluster.root / "slurm").mkdir()
+    (cluster.root / "slurm" / "site.sh").write_text(
+        "conda=$LLAMITA_TEST_UNSET/bin\n"
+        "false | true || exit 3\n"
+        "trap 'case $- in *u*) set -o | grep pipefail > guards ;; esac' EXIT\n"
+    )
+    cluster.recipe("prune", "tell(0)")
+    code, output = cluster.run("prune", "out=work")
+    assert code == 0, output
+    assert (cluster.root / "guards").read_text().split() == ["pipefail", "on"]
+
+
+def test_every_process_gets_the_environment_of_the_batch_shell(cluster: Cluster) -> None:
+    """``SBATCH_EXPORT=NONE`` at the submission becomes ``SLURM_EXPORT_ENV=NONE`` in the job, which srun would obey."""
+    cluster.recipe("prune", "tell(0)")
+    code, output = cluster.run("prune", "out=work", SLURM_EXPORT_ENV="NONE")
+    assert code == 0, output
+    assert cluster.calls("srun").startswith("--export=ALL ")
+
+
 def free_port() -> int:
     """A port of those that jobs get, below those that Linux gives away by itself, that nobody here listens on."""
     for number in range(12_000):
