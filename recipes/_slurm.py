@@ -28,9 +28,10 @@ SHARING = frozenset({"sample", "assess", "evaluate", "prune"})
 """Recipes whose processes share the work on one node; every recipe that is in neither is one process."""
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}")
-JOB = re.compile(r"\d+")
-FOLDER = re.compile(r"[\w./+@ -]+")
+TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}", re.ASCII)
+JOB = re.compile(r"\d+", re.ASCII)
+# Hydra reads the folder as an override of the job, and refuses letters outside ASCII there.
+FOLDER = re.compile(r"[\w./+@ -]+", re.ASCII)
 
 SUBMIT = """
 root=$1; shift
@@ -137,7 +138,9 @@ class BatchStage:
             if not NAME.fullmatch(name):
                 raise ValueError(f"name of a job must be 1 to 64 characters of A-Z a-z 0-9 . _ -, got {name!r}")
         if not FOLDER.fullmatch(str(self.out)):
-            raise ValueError(f"out must hold letters, digits, spaces and . _ - + @ / only, got {str(self.out)!r}")
+            raise ValueError(
+                f"out must hold the letters A-Z a-z, digits, spaces and . _ - + @ / only, got {str(self.out)!r}"
+            )
         if any("\0" in word for word in self._words()):
             raise ValueError(f"stages.{self.name}: an override must hold no zero byte")
 
