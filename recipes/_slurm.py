@@ -38,6 +38,13 @@ root=$1; shift
 [ -r "$root/slurm/site.sh" ] && . "$root/slurm/site.sh" >&2
 # sbatch lets these overrule its script, which says what the pipeline needs.
 unset SBATCH_JOB_NAME SBATCH_COMMENT SBATCH_OUTPUT SBATCH_ERROR SBATCH_OPEN_MODE SBATCH_ARRAY_INX SBATCH_NO_REQUEUE
+unset SBATCH_EXPORT SBATCH_GET_USER_ENV SBATCH_SIGNAL SBATCH_TIMELIMIT SBATCH_WAIT SBATCH_WAIT_ALL_NODES
+unset SBATCH_GPUS SBATCH_GPUS_PER_NODE SBATCH_GPUS_PER_TASK SBATCH_CONTAINER
+# From inside another job its whole state would reach this one, such as SLURM_MEM_PER_CPU, SLURM_ARRAY_TASK_ID and
+# SLURM_RESTART_COUNT. What stays says which Slurm is asked, and by whom.
+for name in $(compgen -v SLURM_); do
+    case $name in SLURM_CONF | SLURM_CLUSTERS | SLURM_JWT) ;; *) unset "$name" ;; esac
+done
 exec sbatch "$@"
 """
 

@@ -183,6 +183,24 @@ def test_site_settings_reach_sbatch_and_what_the_pipeline_decides_stays(
     assert not {"SBATCH_JOB_NAME", "SBATCH_OUTPUT"} & environment.keys()
 
 
+def test_a_submission_from_inside_another_job_is_as_one_from_outside(
+    stubs: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what says which Slurm is asked goes on; sbatch would obey the rest, or pass it to the job."""
+    told = "SLURM_MEM_PER_CPU SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SLURM_JOB_ID SLURM_EXPORT_ENV SBATCH_EXPORT"
+    told += " SBATCH_GET_USER_ENV SBATCH_SIGNAL SBATCH_WAIT SBATCH_TIMELIMIT SBATCH_GPUS SBATCH_CONTAINER"
+    kept = "SLURM_CONF SLURM_CLUSTERS SLURM_JWT SBATCH_ACCOUNT"
+    for name in (told + " " + kept).split():
+        monkeypatch.setenv(name, "7")
+    snapshot = module.Snapshot(tmp_path)
+    monkeypatch.setattr(snapshot, "path", tmp_path / "code")
+    (tmp_path / "code" / "slurm").mkdir(parents=True)
+    (tmp_path / "code" / "slurm" / "site.sh").write_text("export SLURM_HINT=nomultithread SBATCH_GPUS_PER_NODE=1\n")
+    assert module.submit(stage(module, tmp_path / "a"), module.LauncherConfig(kind="slurm"), snapshot) == "815"
+    names = {line.partition("=")[0] for line in (stubs / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == set(kept.split())
+
+
 def test_nothing_about_any_site_is_on_by_default() -> None:
     lines = (REPOSITORY / "slurm" / "site.sh").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == []
