@@ -47,6 +47,46 @@ for name in $(compgen -v SLURM_); do
 done
 exec sbatch "$@"
 """
+_AFTER = "stages.NAME.after says what a job waits for"
+_TASKS = "every node runs one launcher, and stages.NAME.processes says of how many processes"
+_GPUS = "launcher.gpus_per_node says how many, and --constraint or --gres of which kind"
+_LOG = "a stage's output is in its slurm/ folder"
+_SHELL = "what a job's environment needs belongs into slurm/site.sh"
+_AGAIN = "a job starts again by itself; LLAMITA_MAX_RESTARTS=0 in slurm/site.sh forbids it"
+REFUSED = {
+    "array": "stages.NAME.sweep, stages.NAME.workers and launcher.at_a_time make arrays",
+    "chdir": "relative paths of a stage mean the folder that the pipeline is submitted from",
+    "clusters": "squeue must ask the same one: export SLURM_CLUSTERS instead",
+    "comment": "the pipeline finds its jobs in the queue by theirs; --wckey is free",
+    "container": "srun starts it inside the job: srun_arguments in slurm/site.sh",
+    "dependency": _AFTER,
+    "error": _LOG,
+    "export": _SHELL,
+    "export-file": _SHELL,
+    "get-user-env": _SHELL,
+    "gpus": _GPUS,
+    "gpus-per-node": _GPUS,
+    "gpus-per-socket": _GPUS,
+    "gpus-per-task": _GPUS,
+    "job-name": "a job has the name of its stage",
+    "kill-on-invalid-dep": _AFTER,
+    "no-requeue": _AGAIN,
+    "nodes": "launcher.nodes says how many",
+    "ntasks": _TASKS,
+    "ntasks-per-core": _TASKS,
+    "ntasks-per-gpu": _TASKS,
+    "ntasks-per-node": _TASKS,
+    "ntasks-per-socket": _TASKS,
+    "open-mode": "the log of a job that starts again is appended to",
+    "output": _LOG,
+    "parsable": "the pipeline asks for it itself",
+    "test-only": "launcher.dry_run=true submits nothing",
+    "time": "launcher.time says how long",
+    "wait": "the pipeline ends when all its jobs are submitted; squeue --me shows them",
+    "wait-all-nodes": "a stage starts when all its nodes are up",
+    "wrap": "a stage is a recipe of recipes/",
+}
+"""Options of sbatch, also abbreviated, that would undo what a pipeline relies on, and what to use instead."""
 
 
 class Launcher(StrEnum):
@@ -86,10 +126,21 @@ class LauncherConfig:
         if not TIME.fullmatch(self.time):
             raise ValueError(f"launcher.time must be like 24:00:00 or 2-12:00:00, got {self.time!r}")
         for option in self.options:
-            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", option) or option.startswith("--wrap"):
-                raise ValueError(
-                    f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}"
-                )
+            _check_option(option)
+
+
+def _check_option(option: str) -> None:
+    """Raise ``ValueError`` for what is no option of sbatch, or one that the pipeline decides."""
+    if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", option):
+        raise ValueError(f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}")
+    name, _, value = option.removeprefix("--").partition("=")
+    # sbatch takes any beginning of a name that only one has; none of the other options begins one of these.
+    if meant := next((refused for refused in REFUSED if refused.startswith(name)), None):
+        raise ValueError(f"launcher.options must not hold --{meant}, got {option!r}: {REFUSED[meant]}")
+    if "signal".startswith(name) and not re.fullmatch(r"B:(SIG)?(USR1|TERM)(@[0-9]+)?", value):
+        raise ValueError(
+            f"launcher.options must send a signal to the batch shell only, as --signal=B:USR1@900 does, got {option!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,8 @@ def test_a_machine_without_slurm_says_so(
         ({"out": Path("a\n#SBATCH --x")}, "out must hold"),
         ({"out": Path("$(touch pwned)")}, "out must hold"),
         ({"out": Path("it's")}, "out must hold"),
+        ({"out": Path("/scratch/müller/run")}, "out must hold the letters A-Z a-z, .*müller"),
+        ({"out": Path("/scratch/實驗")}, "out must hold the letters A-Z a-z"),
         ({"recipe": "_slurm"}, "recipe"),
         ({"recipe": "../x"}, "recipe"),
         ({"overrides": ["a=\0"]}, "no zero byte"),
@@ -276,15 +278,38 @@ def test_what_slurm_must_not_get_is_refused(module: ModuleType, wrong: dict[str,
         ({"gpus_per_node": -1}, "launcher.gpus_per_node"),
         ({"at_a_time": -1}, "launcher.at_a_time"),
         ({"options": ["gpu"]}, "launcher.options"),
-        ({"out": Path("/scratch/müller/run")}, "out must hold the letters A-Z a-z, .*müller"),
-        ({"out": Path("/scratch/實驗")}, "out must hold the letters A-Z a-z"),
         ({"options": ["--wrap=rm"]}, "launcher.options"),
         ({"options": ["--comment=a\n#SBATCH --x"]}, "launcher.options"),
+        ({"options": ["--qos=high", "--nodes=3"]}, r"must not hold --nodes, got '--nodes=3': launcher\.nodes"),
+        ({"options": ["--gpus-per-node=4"]}, r"launcher\.gpus_per_node"),
+        ({"options": ["--time=60"]}, r"launcher\.time"),
+        ({"options": ["--array=0-3"]}, r"launcher\.at_a_time"),
+        ({"options": ["--test-only"]}, r"launcher\.dry_run"),
+        ({"options": ["--depend=afterok:1"]}, r"must not hold --dependency, .*stages\.NAME\.after"),
+        ({"options": ["--wai"]}, "must not hold --wait"),
+        ({"options": ["--no"]}, "must not hold --no"),
+        ({"options": ["--cluster=other"]}, "SLURM_CLUSTERS"),
+        ({"options": ["--signal=USR1@900"]}, "to the batch shell only"),
+        ({"options": ["--sig=B:KILL@9"]}, "to the batch shell only"),
     ],
 )
 def test_settings_of_the_launcher_have_limits(module: ModuleType, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module.LauncherConfig(**wrong)
+
+
+def test_no_option_undoes_what_the_pipeline_decides(module: ModuleType) -> None:
+    for name in module.REFUSED:
+        for option in (f"--{name}", f"--{name}=x", f"--{name[:-1]}"):
+            with pytest.raises(ValueError, match=rf"must not hold --[a-z-]+, got '{option}': \S"):
+                module.LauncherConfig(options=[option])
+
+
+def test_options_that_only_a_site_or_a_queue_cares_for_are_passed_on(module: ModuleType) -> None:
+    """Also those that begin as a refused one does, or the other way round."""
+    options = ["--signal=B:USR1@900", "--partition=gpu", "--nodelist=n[1-4]", "--nice=100", "--mem=900G", "--hold"]
+    options += ["--exclude=n7", "--wckey=mine", "--time-min=60", "--requeue", "--gres=gpu:h100:8", "--cpus-per-gpu=12"]
+    assert module.LauncherConfig(options=options).options == options
 
 
 @pytest.mark.parametrize("name", ["local", "slurm"])
