@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from llamita import storage
+from llamita import redaction, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("recipes", "src", "configs", "slurm", "tasks", "typings", "pyproject.toml")
@@ -312,8 +312,28 @@ class Snapshot:
             digest.update(f"{file.relative_to(ROOT)}\0{len(content)}\0".encode() + content)
         return self._out / f"code-{digest.hexdigest()[:12]}"
 
+    def check(self) -> None:
+        """Raise ``ValueError`` where a file that people edit for their site holds a key: it would be copied."""
+        edited = [file for file in _code() if file.relative_to(ROOT).parts[0] in ("configs", "slurm")]
+        found = [
+            f"{file.relative_to(ROOT)}: {secret}"
+            for file in edited
+            if file.is_file()
+            for secret in redaction.secrets_in_lines(file.read_text(encoding="utf-8", errors="replace"))
+        ]
+        if found:
+            raise ValueError(
+                f"{'; '.join(found)}; the code is copied into {self._out}: keys belong into the environment that "
+                "submits, which jobs inherit, or into the tool's own login file"
+            )
+
     def write(self) -> None:
-        """Copy the code, unless it is there already."""
+        """Copy the code, unless it is there already.
+
+        Raises:
+            ValueError: as :meth:`check`, before anything is written.
+        """
+        self.check()
         if self.path.is_dir():
             return
         temporary = self._out / f".code-{secrets.token_hex(4)}"

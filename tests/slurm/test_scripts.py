@@ -423,6 +423,67 @@ def test_whatever_of_the_repository_a_recipe_reads_is_in_a_snapshot(module: Modu
         assert found == wanted, name
 
 
+def test_a_dry_run_tells_of_a_key_too(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = sys.modules["recipe_pipeline"]
+    root = small_repository(module, tmp_path / "repository", monkeypatch)
+    (root / "slurm" / "site.sh").write_text("export WANDB_API_KEY=0123abcd\n")
+    config = pipeline.Pipeline(
+        stages={"report": pipeline.Stage(recipe="report")},
+        launcher=module.LauncherConfig(kind=module.Launcher.slurm, dry_run=True),
+        out=tmp_path / "run",
+    )
+    with pytest.raises(ValueError, match="line 1 sets WANDB_API_KEY"):
+        pipeline.run(config)
+    assert capsys.readouterr().out == ""
+
+
+def small_repository(module: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("slurm", "configs"):
+        shutil.copytree(REPOSITORY / name, root / name)
+    monkeypatch.setattr(module, "ROOT", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "told"),
+    [
+        ("slurm/site.sh", "export WANDB_API_KEY=0123abcd", "sets WANDB_API_KEY"),
+        ("slurm/site.sh", "export A=1 HF_TOKEN='something'", "sets HF_TOKEN"),
+        ("slurm/site.sh", "export MLFLOW_TRACKING_PASSWORD=$'some\\tthing'", "sets MLFLOW_TRACKING_PASSWORD"),
+        ("slurm/site.sh", "# export KEY=hf_" + "a" * 20, "holds a Hugging Face token"),
+        ("slurm/other.sh", "AWS_SECRET_ACCESS_KEY=abc", "sets AWS_SECRET_ACCESS_KEY"),
+        ("configs/mine.yaml", "  note: " + "0123456789" * 4, "holds a wandb key"),
+        ("configs/mine.yaml", '  "WANDB_API_KEY": abc', "sets WANDB_API_KEY"),
+    ],
+)
+def test_a_key_in_a_file_that_would_be_copied_is_refused_before_anything_is_written(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, line: str, told: str
+) -> None:
+    root = small_repository(module, tmp_path / "repository", monkeypatch)
+    with (root / file).open("a") as opened:
+        opened.write("\n" + line + "\n")
+    number = (root / file).read_text().splitlines().index(line) + 1
+    with pytest.raises(ValueError, match=rf"^{file}: line {number} {told}; the code is copied") as caught:
+        module.Snapshot(tmp_path / "run").write()
+    assert not any(secret in str(caught.value) for secret in ("0123", "something", "aaaa", "abc"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_may_say_where_a_key_is_and_none_of_the_repository_holds_one(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.Snapshot(tmp_path).check()
+    root = small_repository(module, tmp_path / "repository", monkeypatch)
+    lines = ["export WANDB_API_KEY=$(cat ~/.key)", 'export HF_TOKEN="$MINE"', "# export WANDB_API_KEY=...", "HF_TOKEN="]
+    lines += ["export HF_TOKEN_PATH=~/.token", "unset HF_TOKEN", "max_new_tokens=7", "export HF_TOKEN=`cat token`"]
+    lines += [": ${HF_TOKEN:?is not set}", '[ "$HF_TOKEN" = x ]']
+    (root / "slurm" / "site.sh").write_text("\n".join(lines))
+    (root / "configs" / "mine.yaml").write_text("shard_tokens: 1024\neos_token: end\n")
+    module.Snapshot(tmp_path).check()
+
+
 def test_a_copy_that_failed_half_way_leaves_no_snapshot(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
