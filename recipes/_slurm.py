@@ -57,7 +57,7 @@ REFUSED = {
     "array": "stages.NAME.sweep, stages.NAME.workers and launcher.at_a_time make arrays",
     "chdir": "relative paths of a stage mean the folder that the pipeline is submitted from",
     "clusters": "squeue must ask the same one: export SLURM_CLUSTERS instead",
-    "comment": "the pipeline finds its jobs in the queue by theirs; --wckey is free",
+    "comment": "the pipeline finds its jobs in the queue by theirs; --wckey holds a note of yours",
     "container": "srun starts it inside the job: srun_arguments in slurm/site.sh",
     "dependency": _AFTER,
     "error": _LOG,

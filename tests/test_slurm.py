@@ -368,6 +368,16 @@ def test_a_site_may_read_what_nobody_has_set_and_only_the_site(cluster: Cluster)
     assert (cluster.root / "guards").read_text().split() == ["pipefail", "on"]
 
 
+def test_a_site_does_not_say_how_many_processes_a_stage_has(cluster: Cluster) -> None:
+    (cluster.root / "slurm").mkdir()
+    (cluster.root / "slurm" / "site.sh").write_text("export LLAMITA_PROCESSES_PER_NODE=2\n")
+    cluster.recipe("prune", "(out / 'seen').write_text(os.environ.get('LLAMITA_PROCESSES_PER_NODE', 'unset')); tell(0)")
+    code, output = cluster.run("prune", "out=work", LLAMITA_PROCESSES_PER_NODE="1")
+    assert code == 0, output
+    assert "torch.distributed.run" not in cluster.calls("srun")
+    assert (cluster.root / "work" / "seen").read_text() == "unset"
+
+
 def test_every_process_gets_the_environment_of_the_batch_shell(cluster: Cluster) -> None:
     """``SBATCH_EXPORT=NONE`` at the submission becomes ``SLURM_EXPORT_ENV=NONE`` in the job, which srun would obey."""
     cluster.recipe("prune", "tell(0)")
