@@ -10,6 +10,7 @@ from typing import Any
 
 import _compose
 import _outlook_align
+import _slurm
 from _outlook_distill import cache, distill
 from _outlook_prune import prune
 from _world import (
@@ -107,12 +108,14 @@ def _pipeline(config: Any, world: World, mistakes: list[str]) -> tuple[list[Outl
     order = _compose.load("pipeline").in_order(config.stages)
     world.made |= {normal(config.out / name): UNKNOWN for name in order}
     before: dict[str, frozenset[str]] = {}
-    gpus = config.launcher.nodes * config.launcher.gpus_per_node if config.launcher.kind == "slurm" else 0
+    on_slurm = config.launcher.kind == _slurm.Launcher.slurm
     for name in order:
         stage = config.stages[name]
         before[name] = frozenset(stage.after).union(*(before[parent] for parent in stage.after))
         world.waits_for = before[name]
-        world.stage_processes = gpus or stage.processes
+        world.stage_processes = (
+            _slurm.layout(stage.recipe, stage.processes, config.launcher).processes if on_slurm else stage.processes
+        )
         for point, words in stage.points().items():
             label = f"{name}.{point}" if point else name
             out = f"out={config.out / name / point}"
@@ -234,6 +237,7 @@ def _evaluate(config: Any, world: World, outlook: Outlook) -> None:
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if "teacher" in shapes and len(set(sizes.values())) > 1:
         outlook.mistakes.append(f"KL to the teacher needs one vocabulary, got sizes {sizes}")
+    outlook.processes = world.sharing_processes
     outlook.parameters = {name: shape.num_parameters for name, shape in shapes.items()}
     if not shapes:
         return

@@ -26,6 +26,7 @@ def prune(config: Any, world: World, outlook: Outlook) -> None:
     outlook.tokenizer = world.tokenizer(config.model.path)
     target, mistakes = _target(source, config.target)
     outlook.mistakes += mistakes + _wanted(source, target, config, world)
+    outlook.processes = world.sharing_processes
     outlook.parameters = {"before": source.num_parameters, "after": target.num_parameters}
     stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
     compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored

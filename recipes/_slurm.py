@@ -16,27 +16,77 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from llamita import storage
+from llamita import redaction, storage
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("recipes", "src", "configs", "slurm", "typings", "pyproject.toml")
-"""What a job runs from: all of the repository that is code or settings."""
+CODE = ("recipes", "src", "configs", "slurm", "tasks", "typings", "pyproject.toml")
+"""What a job runs from: all of the repository that is code or settings, or that a recipe reads by default."""
 
 DISTRIBUTED = frozenset({"distill", "cache", "sft", "reward", "dpo", "rl"})
-"""Recipes that run as one process per GPU; every other is one process on one node."""
+"""Recipes that take all nodes, with one process per GPU."""
+SHARING = frozenset({"sample", "assess", "evaluate", "prune"})
+"""Recipes whose processes share the work on one node; every recipe that is in neither is one process."""
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}")
-JOB = re.compile(r"\d+")
-FOLDER = re.compile(r"[\w./+@ -]+")
+TIME = re.compile(r"(\d{1,3}-)?\d{1,3}(:\d{2}){0,2}", re.ASCII)
+JOB = re.compile(r"\d+", re.ASCII)
+# Hydra reads the folder as an override of the job, and refuses letters outside ASCII there.
+FOLDER = re.compile(r"[\w./+@ -]+", re.ASCII)
 
 SUBMIT = """
 root=$1; shift
 [ -r "$root/slurm/site.sh" ] && . "$root/slurm/site.sh" >&2
 # sbatch lets these overrule its script, which says what the pipeline needs.
 unset SBATCH_JOB_NAME SBATCH_COMMENT SBATCH_OUTPUT SBATCH_ERROR SBATCH_OPEN_MODE SBATCH_ARRAY_INX SBATCH_NO_REQUEUE
+unset SBATCH_EXPORT SBATCH_GET_USER_ENV SBATCH_SIGNAL SBATCH_TIMELIMIT SBATCH_WAIT SBATCH_WAIT_ALL_NODES
+unset SBATCH_GPUS SBATCH_GPUS_PER_NODE SBATCH_GPUS_PER_TASK SBATCH_CONTAINER
+# From inside another job its whole state would reach this one, such as SLURM_MEM_PER_CPU, SLURM_ARRAY_TASK_ID and
+# SLURM_RESTART_COUNT. What stays says which Slurm is asked, and by whom.
+for name in $(compgen -v SLURM_); do
+    case $name in SLURM_CONF | SLURM_CLUSTERS | SLURM_JWT) ;; *) unset "$name" ;; esac
+done
 exec sbatch "$@"
 """
+_AFTER = "stages.NAME.after says what a job waits for"
+_TASKS = "every node runs one launcher, and stages.NAME.processes says of how many processes"
+_GPUS = "launcher.gpus_per_node says how many, and --constraint or --gres of which kind"
+_LOG = "a stage's output is in its slurm/ folder"
+_SHELL = "what a job's environment needs belongs into slurm/site.sh"
+_AGAIN = "a job starts again by itself; LLAMITA_MAX_RESTARTS=0 in slurm/site.sh forbids it"
+REFUSED = {
+    "array": "stages.NAME.sweep, stages.NAME.workers and launcher.at_a_time make arrays",
+    "chdir": "relative paths of a stage mean the folder that the pipeline is submitted from",
+    "clusters": "squeue must ask the same one: export SLURM_CLUSTERS instead",
+    "comment": "the pipeline finds its jobs in the queue by theirs; --wckey holds a note of yours",
+    "container": "srun starts it inside the job: srun_arguments in slurm/site.sh",
+    "dependency": _AFTER,
+    "error": _LOG,
+    "export": _SHELL,
+    "export-file": _SHELL,
+    "get-user-env": _SHELL,
+    "gpus": _GPUS,
+    "gpus-per-node": _GPUS,
+    "gpus-per-socket": _GPUS,
+    "gpus-per-task": _GPUS,
+    "job-name": "a job has the name of its stage",
+    "kill-on-invalid-dep": _AFTER,
+    "no-requeue": _AGAIN,
+    "nodes": "launcher.nodes says how many",
+    "ntasks": _TASKS,
+    "ntasks-per-core": _TASKS,
+    "ntasks-per-gpu": _TASKS,
+    "ntasks-per-node": _TASKS,
+    "ntasks-per-socket": _TASKS,
+    "open-mode": "the log of a job that starts again is appended to",
+    "output": _LOG,
+    "parsable": "the pipeline asks for it itself",
+    "test-only": "launcher.dry_run=true submits nothing",
+    "time": "launcher.time says how long",
+    "wait": "the pipeline ends when all its jobs are submitted; squeue --me shows them",
+    "wait-all-nodes": "a stage starts when all its nodes are up",
+    "wrap": "a stage is a recipe of recipes/",
+}
+"""Options of sbatch, also abbreviated, that would undo what a pipeline relies on, and what to use instead."""
 
 
 class Launcher(StrEnum):
@@ -54,9 +104,9 @@ class LauncherConfig:
 
     kind: Launcher = Launcher.local
     nodes: int = 1
-    """Nodes of a stage that trains; every other stage takes one."""
+    """Nodes of a stage that trains, or of ``cache``; every other stage takes one."""
     gpus_per_node: int = 0
-    """GPUs of each node of a stage that trains; every other stage takes one where this is not 0."""
+    """GPUs of each node, one per process. A stage that does not train takes as many of them as it has processes."""
     time: str = "24:00:00"
     """Limit of one start, in Slurm's form days-hours:minutes:seconds. A stage that needs longer is started again."""
     at_a_time: int = 0
@@ -76,10 +126,47 @@ class LauncherConfig:
         if not TIME.fullmatch(self.time):
             raise ValueError(f"launcher.time must be like 24:00:00 or 2-12:00:00, got {self.time!r}")
         for option in self.options:
-            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", option) or option.startswith("--wrap"):
-                raise ValueError(
-                    f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}"
-                )
+            _check_option(option)
+
+
+def _check_option(option: str) -> None:
+    """Raise ``ValueError`` for what is no option of sbatch, or one that the pipeline decides."""
+    if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", option):
+        raise ValueError(f"launcher.options must be long options of sbatch such as --partition=gpu, got {option!r}")
+    name, _, value = option.removeprefix("--").partition("=")
+    # sbatch takes any beginning of a name that only one has; none of the other options begins one of these.
+    if meant := next((refused for refused in REFUSED if refused.startswith(name)), None):
+        raise ValueError(f"launcher.options must not hold --{meant}, got {option!r}: {REFUSED[meant]}")
+    if "signal".startswith(name) and not re.fullmatch(r"B:(SIG)?(USR1|TERM)(@[0-9]+)?", value):
+        raise ValueError(
+            f"launcher.options must send a signal to the batch shell only, as --signal=B:USR1@900 does, got {option!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a stage takes of Slurm; each of its nodes is the same."""
+
+    nodes: int
+    processes_per_node: int
+    gpus_per_node: int
+
+    @property
+    def processes(self) -> int:
+        """Over all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+def layout(recipe: str, processes: int, launcher: LauncherConfig) -> Layout:
+    """Where a stage runs that has ``processes`` on one machine."""
+    gpus = launcher.gpus_per_node
+    if recipe in DISTRIBUTED:
+        if gpus:
+            return Layout(launcher.nodes, gpus, gpus)
+        nodes = max(n for n in range(1, launcher.nodes + 1) if processes % n == 0)
+        return Layout(nodes, processes // nodes, 0)
+    each = processes if recipe in SHARING else 1
+    return Layout(1, min(each, gpus), min(each, gpus)) if gpus else Layout(1, each, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +180,7 @@ class BatchStage:
     out: Path
     """The run directory; of a sweep the folder of its points'."""
     processes: int = 1
-    """Where there is no GPU: over all nodes."""
+    """On one machine; :func:`layout` says what Slurm makes of it."""
     workers: int = 1
     """Jobs that share the stage's directory."""
     points: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -109,20 +196,18 @@ class BatchStage:
             if not NAME.fullmatch(name):
                 raise ValueError(f"name of a job must be 1 to 64 characters of A-Z a-z 0-9 . _ -, got {name!r}")
         if not FOLDER.fullmatch(str(self.out)):
-            raise ValueError(f"out must hold letters, digits, spaces and . _ - + @ / only, got {str(self.out)!r}")
+            raise ValueError(
+                f"out must hold the letters A-Z a-z, digits, spaces and . _ - + @ / only, got {str(self.out)!r}"
+            )
         if any("\0" in word for word in self._words()):
             raise ValueError(f"stages.{self.name}: an override must hold no zero byte")
 
     def _words(self) -> list[str]:
         return [*self.overrides, *(word for words in self.points.values() for word in words)]
 
-    def nodes(self, launcher: LauncherConfig) -> int:
-        """How many the stage takes; its processes are the same on each."""
-        if self.recipe not in DISTRIBUTED:
-            return 1
-        if launcher.gpus_per_node:
-            return launcher.nodes
-        return max(n for n in range(1, launcher.nodes + 1) if self.processes % n == 0)
+    def layout(self, launcher: LauncherConfig) -> Layout:
+        """What the stage takes."""
+        return layout(self.recipe, self.processes, launcher)
 
     def array(self, launcher: LauncherConfig) -> str | None:
         """Indices of the array's jobs, and how many run at a time."""
@@ -133,7 +218,7 @@ class BatchStage:
 
     def options(self, launcher: LauncherConfig) -> list[str]:
         """What stands behind ``#SBATCH``."""
-        gpus = launcher.gpus_per_node if self.recipe in DISTRIBUTED else min(launcher.gpus_per_node, 1)
+        takes = self.layout(launcher)
         array = self.array(launcher)
         return [
             f"--job-name={self.name}",
@@ -141,9 +226,9 @@ class BatchStage:
             f"--chdir={Path.cwd()}",
             f"--output={self.out}/slurm/{'%x-%A_%a' if array else '%x-%j'}.out",
             "--open-mode=append",
-            f"--nodes={self.nodes(launcher)}",
+            f"--nodes={takes.nodes}",
             "--ntasks-per-node=1",
-            *([f"--gpus-per-node={gpus}"] if gpus else []),
+            *([f"--gpus-per-node={takes.gpus_per_node}"] if takes.gpus_per_node else []),
             "--exclusive",
             "--mem=0",
             "--wait-all-nodes=1",
@@ -163,9 +248,9 @@ class BatchStage:
             "",
             f"export LLAMITA_ROOT={quoted(str(code))}",
             f"export LLAMITA_PYTHON={quoted(sys.executable)}",
+            # Not left to SLURM_GPUS_ON_NODE: an exclusive job is given every GPU of its node, however few it asked for.
+            f"export LLAMITA_PROCESSES_PER_NODE={self.layout(launcher).processes_per_node}",
         ]
-        if not launcher.gpus_per_node and self.recipe in DISTRIBUTED:
-            lines.append(f"export LLAMITA_PROCESSES_PER_NODE={self.processes // self.nodes(launcher)}")
         if self.points:
             lines.append('case "$SLURM_ARRAY_TASK_ID" in')
             for index, (name, words) in enumerate(self.points.items()):
@@ -227,8 +312,28 @@ class Snapshot:
             digest.update(f"{file.relative_to(ROOT)}\0{len(content)}\0".encode() + content)
         return self._out / f"code-{digest.hexdigest()[:12]}"
 
+    def check(self) -> None:
+        """Raise ``ValueError`` where a file that people edit for their site holds a key: it would be copied."""
+        edited = [file for file in _code() if file.relative_to(ROOT).parts[0] in ("configs", "slurm")]
+        found = [
+            f"{file.relative_to(ROOT)}: {secret}"
+            for file in edited
+            if file.is_file()
+            for secret in redaction.secrets_in_lines(file.read_text(encoding="utf-8", errors="replace"))
+        ]
+        if found:
+            raise ValueError(
+                f"{'; '.join(found)}; the code is copied into {self._out}: keys belong into the environment that "
+                "submits, which jobs inherit, or into the tool's own login file"
+            )
+
     def write(self) -> None:
-        """Copy the code, unless it is there already."""
+        """Copy the code, unless it is there already.
+
+        Raises:
+            ValueError: as :meth:`check`, before anything is written.
+        """
+        self.check()
         if self.path.is_dir():
             return
         temporary = self._out / f".code-{secrets.token_hex(4)}"

@@ -30,8 +30,9 @@ class Stage:
     after: list[str] = field(default_factory=list)
     """Stages whose directories this one reads."""
     processes: int = 1
-    """Processes on this machine, each with a GPU of its own where there are as many. Slurm starts one per GPU, and as
-    many as here where launcher.gpus_per_node is 0."""
+    """Processes on this machine, each with a GPU of its own where there are as many. On Slurm too, with
+    launcher.gpus_per_node at most, but a stage that trains, or caches, has one per GPU of all its nodes there. Recipes
+    whose work cannot be shared are one process on Slurm."""
     workers: int = 1
     """Jobs of a Slurm array that divide the stage among themselves, as ``cache`` can; this machine takes one."""
     sweep: dict[str, list[Any]] = field(default_factory=dict)

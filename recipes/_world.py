@@ -67,6 +67,11 @@ class World:
         """Of a stage that trains."""
         return self.num_gpus or self.stage_processes or (8 if self.hardware.is_gpu else 1)
 
+    @property
+    def sharing_processes(self) -> int:
+        """Of a stage that only measures or prunes: one, unless it is told otherwise."""
+        return self.stage_processes or self.num_gpus or 1
+
     def model(self, setting: str, path: Path, outlook: Outlook, *, needs_tokenizer: bool = True) -> LlamaShape | None:
         """The shape of a model; what is wrong with it goes to ``outlook``."""
         if normal(path) in self.made:

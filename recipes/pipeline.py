@@ -85,7 +85,9 @@ def submit_stages(
     What a run is made from is noted before it is submitted: a launcher that dies in between submits nothing twice.
     """
     snapshot = Snapshot(config.out.absolute())
-    if not config.launcher.dry_run:
+    if config.launcher.dry_run:
+        snapshot.check()
+    else:
         snapshot.write()
     numbers: dict[str, str] = {}
     for name, jobs in by_stage.items():

@@ -1,5 +1,7 @@
 # Everything that one cluster wants to know, and the only file to edit for it; nothing is on by default.
 # The pipeline sources it before sbatch, and every job sources it in its batch shell ($root: the code that runs).
+# No keys here: this file is copied into the directory of every pipeline, which refuses to submit with one. They belong
+# into the shell that submits, whose environment jobs inherit, or into the tool's own login file (`wandb login`).
 
 # ---- for sbatch: these variables are its own; options on its command line overrule them ----------------------------
 # export SBATCH_PARTITION=gpu

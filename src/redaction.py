@@ -21,6 +21,12 @@ SECRETS = {
     "a password in an address": r"[a-z]+://[^/\s:@]+:[^/\s@]+@",
 }
 
+VARIABLE = re.compile(
+    r"^[^#\n]*?(?<![${\w])([A-Z0-9_]*(?:API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD))"
+    r"""["']?[ ]*[=:][ ]*["']?(?=[^\s"'$`]|\$')"""
+)
+"""An environment variable that is named like a key, and that a line gives a value, not what a command or file holds."""
+
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of every scalar in nested mappings and lists."""
@@ -43,6 +49,16 @@ def secrets_in(settings: Mapping[str, Any]) -> list[str]:
         for kind, pattern in SECRETS.items()
         if isinstance(value, str) and re.search(pattern, value)
     ]
+
+
+def secrets_in_lines(text: str) -> list[str]:
+    """Lines of a script or settings file that hold a key, or give one to an environment variable; not the value."""
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        found += [f"line {number} holds {kind}" for kind, pattern in SECRETS.items() if re.search(pattern, line)]
+        if match := VARIABLE.search(line):
+            found.append(f"line {number} sets {match[1]}")
+    return found
 
 
 def redacted(text: str) -> str:

@@ -214,6 +214,20 @@ def test_three_starts_that_leave_nothing_new_end_the_job(cluster: Cluster) -> No
     assert requeued == [True, True, False]
 
 
+def test_a_crash_that_left_nothing_ends_the_job_at_once_only_on_its_first_start(cluster: Cluster) -> None:
+    """A node that dies in the eleventh start is no reason to end a weekend; two such starts in a row are."""
+    requeued = []
+    for start, body in enumerate(
+        ["save(); tell(75)", "raise RuntimeError", "save(); tell(75)", *["raise RuntimeError"] * 2]
+    ):
+        cluster.recipe("prune", body)
+        (cluster.root / "stubs" / "scontrol.log").unlink(missing_ok=True)
+        _, output = cluster.run("prune", "out=work", SLURM_RESTART_COUNT=str(start))
+        requeued.append(cluster.requeued)
+    assert requeued == [True, True, True, True, False]
+    assert "it crashed, and two starts in a row left nothing new" in output
+
+
 def test_hidden_folders_and_logs_are_no_progress(cluster: Cluster) -> None:
     litter = """
 names = ("logs/rank-00000.log", f".model-{time.time_ns()}/shard-0", "metrics.jsonl", "run.json", "ERROR.json")
@@ -269,10 +283,42 @@ def test_a_wrong_command_line_is_refused_before_anything_runs(
     assert not cluster.calls("srun")
 
 
-def test_a_recipe_of_one_process_refuses_many_nodes(cluster: Cluster) -> None:
-    cluster.recipe("prune", "tell(0)")
-    code, output = cluster.run("prune", "out=work", SLURM_NNODES="2")
-    assert (code, "one process" in output) == (64, True), output
+@pytest.mark.parametrize(("recipe", "reason"), [("average", "one process"), ("prune", "shares its work on one node")])
+def test_a_recipe_of_one_node_refuses_many(cluster: Cluster, recipe: str, reason: str) -> None:
+    cluster.recipe(recipe, "tell(0)")
+    code, output = cluster.run(recipe, "out=work", SLURM_NNODES="2", LLAMITA_PROCESSES_PER_NODE="2")
+    assert (code, reason in output) == (64, True), output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told", "expected"),
+    [
+        ("prune", {"LLAMITA_PROCESSES_PER_NODE": "2"}, "2"),
+        ("sample", {"SLURM_GPUS_ON_NODE": "2"}, "2"),
+        ("evaluate", {"SLURM_GPUS_ON_NODE": "2", "LLAMITA_PROCESSES_PER_NODE": "1"}, None),
+        ("assess", {}, None),
+        ("average", {"LLAMITA_PROCESSES_PER_NODE": "2"}, None),
+    ],
+)
+def test_processes_share_the_work_of_a_node_and_one_alone_is_the_plain_run(
+    cluster: Cluster, recipe: str, told: dict[str, str], expected: str | None
+) -> None:
+    body = "(out / ('seen-' + os.environ.get('RANK', 'alone'))).write_text(os.environ.get('WORLD_SIZE', '')); tell(0)"
+    cluster.recipe(recipe, body)
+    smi = cluster.root / "stubs" / "nvidia-smi"
+    smi.write_text("#!/bin/bash\necho 'GPU 0: a'; echo 'GPU 1: b'\n")
+    smi.chmod(0o755)
+    code, output = cluster.run(recipe, "out=work", SLURM_JOB_ID=str(free_port() - 20000), **told)
+    assert code == 0, output
+    seen = {path.name: path.read_text() for path in (cluster.root / "work").glob("seen-*")}
+    assert seen == ({"seen-alone": ""} if expected is None else {"seen-0": expected, "seen-1": expected})
+
+
+@pytest.mark.parametrize("wrong", ["0", "many"])
+def test_a_number_of_processes_that_is_none_is_refused(cluster: Cluster, wrong: str) -> None:
+    cluster.recipe("distill", "tell(0)")
+    code, output = cluster.run("distill", "out=work", LLAMITA_PROCESSES_PER_NODE=wrong)
+    assert (code, f"must be at least 1, got '{wrong}'" in output) == (64, True), output
 
 
 def test_out_of_an_experiment_is_asked_from_the_recipe(cluster: Cluster) -> None:
@@ -293,6 +339,51 @@ def test_a_node_without_its_gpus_is_left_out_of_the_next_start(cluster: Cluster)
     assert (code, cluster.requeued) == (70, True), output
     assert f"ExcNodeList={os.uname().nodename}" in cluster.calls("scontrol")
     assert not (cluster.root / "work" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("body", ["sleep 300", "echo 'GPU 0: a'; echo 'GPU 1: b'; exit 9"])
+def test_a_node_whose_gpus_do_not_answer_is_left_out_of_the_next_start(cluster: Cluster, body: str) -> None:
+    """A driver that hangs must not hold the whole job until its time limit."""
+    cluster.recipe("prune", "save(); tell(0)")
+    patience = '#!/bin/bash\n[ "$1 $2 $3" = \'-k 5 60\' ] && shift 3\nexec /usr/bin/timeout -k 1 1 "$@"\n'
+    for name, text in (("nvidia-smi", f"#!/bin/bash\n{body}\n"), ("timeout", patience)):
+        (cluster.root / "stubs" / name).write_text(text)
+        (cluster.root / "stubs" / name).chmod(0o755)
+    code, output = cluster.run("prune", "out=work", SLURM_GPUS_ON_NODE="2")
+    assert (code, cluster.requeued) == (70, True), output
+    assert f"ExcNodeList={os.uname().nodename}" in cluster.calls("scontrol")
+
+
+def test_a_site_may_read_what_nobody_has_set_and_only_the_site(cluster: Cluster) -> None:
+    """Modules and conda do; the rest of the script keeps its guards."""
+    (cluster.root / "slurm").mkdir()
+    (cluster.root / "slurm" / "site.sh").write_text(
+        "conda=$LLAMITA_TEST_UNSET/bin\n"
+        "false | true || exit 3\n"
+        "trap 'case $- in *u*) set -o | grep pipefail > guards ;; esac' EXIT\n"
+    )
+    cluster.recipe("prune", "tell(0)")
+    code, output = cluster.run("prune", "out=work")
+    assert code == 0, output
+    assert (cluster.root / "guards").read_text().split() == ["pipefail", "on"]
+
+
+def test_a_site_does_not_say_how_many_processes_a_stage_has(cluster: Cluster) -> None:
+    (cluster.root / "slurm").mkdir()
+    (cluster.root / "slurm" / "site.sh").write_text("export LLAMITA_PROCESSES_PER_NODE=2\n")
+    cluster.recipe("prune", "(out / 'seen').write_text(os.environ.get('LLAMITA_PROCESSES_PER_NODE', 'unset')); tell(0)")
+    code, output = cluster.run("prune", "out=work", LLAMITA_PROCESSES_PER_NODE="1")
+    assert code == 0, output
+    assert "torch.distributed.run" not in cluster.calls("srun")
+    assert (cluster.root / "work" / "seen").read_text() == "unset"
+
+
+def test_every_process_gets_the_environment_of_the_batch_shell(cluster: Cluster) -> None:
+    """``SBATCH_EXPORT=NONE`` at the submission becomes ``SLURM_EXPORT_ENV=NONE`` in the job, which srun would obey."""
+    cluster.recipe("prune", "tell(0)")
+    code, output = cluster.run("prune", "out=work", SLURM_EXPORT_ENV="NONE")
+    assert code == 0, output
+    assert cluster.calls("srun").startswith("--export=ALL ")
 
 
 def free_port() -> int:

@@ -671,6 +671,24 @@ def test_the_published_pipelines_are_planned_before_anything_of_them_exists(
     assert stages["distilled"]["memory_bytes"]["total"] < 80e9
 
 
+def test_a_plan_for_slurm_counts_the_processes_that_each_stage_has_there(
+    plan: Planner, text: Path, tmp_path: Path
+) -> None:
+    """All nodes train; pruning is one process, and evaluation shares one node."""
+    answer = plan(
+        "recipe=pipeline",
+        "pipeline=llama3.2_1b",
+        "launcher=slurm",
+        "launcher.nodes=4",
+        "launcher.gpus_per_node=4",
+        "inputs.teacher=meta-llama/Llama-3.1-8B",
+        f"inputs.corpus={text}",
+        f"out={tmp_path / 'chain'}",
+    )
+    processes = {stage["stage"]: stage["processes"] for stage in answer["stages"]}
+    assert processes == {"data": 1, "pruned": 1, "distilled": 16, "evaluation": 4, "report": 1}
+
+
 def test_the_room_of_all_stages_together_must_be_there(
     plan: Planner, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

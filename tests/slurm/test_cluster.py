@@ -39,6 +39,12 @@ STAGES = {
         "processes": 2,
         "overrides": ["data.path=${inputs.data}", "steps=4", *TRAINING, *SHAPE],
     },
+    "measured": {
+        "recipe": "evaluate",
+        "after": ["teacher"],
+        "processes": 2,
+        "overrides": ["model.path=${out}/teacher", "data.path=${inputs.data}", "data.batch_rows=1"],
+    },
     "cached": {
         "recipe": "cache",
         "after": ["teacher"],
@@ -194,7 +200,7 @@ def test_a_pipeline_ends_with_the_bytes_of_a_local_one_and_its_array_of_workers_
     command = pipeline(tmp_path, STAGES, f"inputs.data={data}")
     told = cluster.run(*command, *arguments, f"out={remote}")
     jobs = [line.split()[-1] for line in told.splitlines()]
-    assert len(jobs) == 3
+    assert len(jobs) == 4
     again = cluster.run(*command, *arguments, f"out={remote}")
     assert [line.split()[-1] for line in again.splitlines()] == jobs, "what is in the queue is not submitted twice"
     here = subprocess.run(
@@ -214,6 +220,9 @@ def test_a_pipeline_ends_with_the_bytes_of_a_local_one_and_its_array_of_workers_
     assert len([name for name in found if name.startswith("students/weight_decay_")]) == 2
     for file in ("cache.json", "index.bin"):
         assert (remote / "cached" / file).read_bytes() == (local / "cached" / file).read_bytes()
+    assert (remote / "measured" / "logs" / "rank-00001.log").is_file(), "two processes share the rows there too"
+    there, here_too = (storage.read_json(out / "measured" / "evaluation.json")["models"] for out in (remote, local))
+    assert there["model"]["values"] == here_too["model"]["values"]
     (code,) = remote.glob("code-*")
     assert all(code.name in file.read_text() for file in remote.glob("slurm/*.sbatch"))
     assert "finished earlier" in cluster.run(*command, *arguments, f"out={remote}")
