@@ -60,7 +60,7 @@ _ARITHMETIC = re.compile(rf"{_AMOUNT}(?:{_OPERATOR}{_AMOUNT})+")
 _ENDS_IN_ARITHMETIC = re.compile(rf"{_ARITHMETIC.pattern}\Z")
 _VARIABLE = re.compile(r"[\d)][A-Za-z]\b|\b[A-Za-z]\(")
 # Possessive: a fence's line that never ends, as of a model that repeats itself, is looked at once, not at every place.
-_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)(?:^[ \t]*+```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def validate(check: Mapping[str, Any]) -> None:
@@ -258,13 +258,14 @@ def _validate_format(check: Mapping[str, Any]) -> None:
 
 
 def code_of(answer: str) -> str:
-    """The code of an answer: what its fenced blocks of Python (or of no named language) hold, else the whole answer."""
+    """The code of an answer: its fenced blocks of Python, else those of no named language; without blocks all of it.
+
+    A block that is never closed, as of an answer that was cut, goes to the end.
+    """
     blocks = _FENCE.findall(answer)
-    python = [code for language, code in blocks if language.lower() in ("", "py", "python", "python3")]
-    if not blocks:
-        # A block that was never closed: the answer was cut, or ends with its code.
-        return re.sub(r"\A\s*```[\w+-]*[ \t]*\n", "", answer)
-    return "\n".join(python)
+    named = [code for language, code in blocks if language.lower() in ("py", "python", "python3")]
+    unnamed = [code for language, code in blocks if not language]
+    return "\n".join(named or unnamed) if blocks else answer
 
 
 def parsed(code: str) -> ast.Module | None:

@@ -134,6 +134,10 @@ CODE = 'def area(w, h):\n    """Width times height."""\n    return w * h\n'
     [
         ({}, CODE, 1),
         ({}, f"Here it is:\n\n```python\n{CODE}```\nIt multiplies.", 1),
+        ({}, f"```python\n{CODE}```\nIt prints\n```\n6 square metres\n```", 1),
+        ({}, f"```Python3\n{CODE}```\n```\n6 square metres", 1),
+        ({}, f"Here it is:\n\n```python\n{CODE}", 1),
+        ({}, "```\nx = 1\n```\nand\n```\ny = 2", 1),
         ({}, f"```\n{CODE}", 1),  # cut before the fence was closed
         ({}, "Here it is.", 0),
         ({}, "Sure", 0),
