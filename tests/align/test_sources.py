@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from llamita.align import dialogues, python_stdlib, sources
+from llamita.align import dialogues, python_stdlib, sources, verifiers
 from llamita.align.forms import Raw
 from llamita.align.sources import Kind, SourceConfig
 
@@ -100,8 +100,13 @@ def test_a_system_message_is_put_where_there_is_none(tmp_path: Path) -> None:
     assert [parsed(raw).messages[0]["content"] for raw in found] == ["mine", "given"]
 
 
-def test_functions_of_the_library_without_docstring_parse_and_keep_their_name() -> None:
-    found = [raw for raw, _ in zip(python_stdlib.functions(), range(60), strict=False)]
+@pytest.fixture(scope="module")
+def library() -> list[Raw]:
+    return list(python_stdlib.functions())
+
+
+def test_functions_of_the_library_without_docstring_parse_and_keep_their_name(library: list[Raw]) -> None:
+    found = library[:60]
     assert [raw.kind for raw in found[:3]] == ["dialogues", "dialogues", "tasks"]
     for described, asked, task in zip(found[::3], found[1::3], found[2::3], strict=True):
         docstring, source = (parsed(raw).messages[-1]["content"] for raw in (described, asked))
@@ -111,6 +116,21 @@ def test_functions_of_the_library_without_docstring_parse_and_keep_their_name() 
         assert docstring in task.row["prompt"][0]["content"]
         assert docstring not in described.row["messages"][0]["content"] or docstring in source
         assert described.group == asked.group == task.group
+
+
+def test_every_function_of_the_library_earns_the_whole_reward_of_its_own_task(library: list[Raw]) -> None:
+    for asked, task in zip(library[1::3], library[2::3], strict=True):
+        assert verifiers.check(task.row["check"], asked.row["messages"][-1]["content"]) == 1, task.place
+
+
+def test_functions_that_share_a_prompt_are_of_one_group(library: list[Raw]) -> None:
+    groups: dict[str, set[str | None]] = {}
+    for raw in library:
+        prompt = (raw.row.get("prompt") or raw.row["messages"])[0]["content"]
+        groups.setdefault(prompt, set()).add(raw.group)
+    assert all(len(found) == 1 for found in groups.values())
+    # Few functions are tied, and never many to each other.
+    assert len({raw.group for raw in library}) > 0.9 * len(library) / 3
 
 
 def test_a_stage_keeps_its_splits(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llamita import runs
-from llamita.align.dialogues import DialogueData
+from llamita.align.dialogues import SPLITS, DialogueData, prompt_of
+from llamita.align.python_stdlib import Demand
 from llamita.align.sources import Kind, Side, SourceConfig
 
 
@@ -61,6 +62,17 @@ def test_a_side_a_kind_and_a_number_can_be_asked_for(module: ModuleType, tmp_pat
     module.run(module.Dialogues(sources={"g": source}, out=tmp_path / "out"))
     data = DialogueData.open(tmp_path / "out")
     assert {name: entry["rows"] for name, entry in data.manifest["files"].items()} == {"validation.tasks.jsonl": 4}
+
+
+def test_no_prompt_that_is_held_out_in_the_demo_is_trained_on(module: ModuleType, tmp_path: Path) -> None:
+    source = SourceConfig(kind=Kind.python_stdlib, demand=Demand.parses, max_characters=400, max_rows=3000)
+    module.run(module.Dialogues(sources={"python": source}, held_out=0.1, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    train, held = (
+        {prompt_of(row)[0]["content"] for row in [*data.dialogues(split), *data.tasks(split)]} for split in SPLITS
+    )
+    assert len(held) > 200
+    assert not train & held
 
 
 def test_a_stage_that_is_read_is_a_parent(module: ModuleType, tmp_path: Path) -> None:
