@@ -23,7 +23,7 @@ class Raw:
     kind: str
     row: Mapping[str, Any]
     group: str | None = None
-    """Rows of one group stay on one side; unset: rows of one prompt do."""
+    """Rows of one group stay on one side, also where their prompts differ; unset: rows of one prompt do."""
     split: str | None = None
     """Decided already."""
 
@@ -105,11 +105,13 @@ def role_of(message: Any) -> Any:
 
 
 def trees(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
-    """The best answers of a tree as a dialogue, and its ranked siblings as pairs."""
+    """The best answers of a tree as a dialogue, and its siblings of different ranks as pairs.
+
+    All of them begin with the root's prompt, which keeps them on one side of the split.
+    """
     root = row.get("prompt")
     if not isinstance(root, Mapping):
         raise ValueError(f"{place}: a tree needs a prompt")
-    group = str(row.get("message_tree_id", place))
     path = [_said(root)]
     node = root
     while replies := _ranked(node):
@@ -118,11 +120,11 @@ def trees(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
     while path and path[-1]["role"] != "assistant":
         path.pop()
     if path:
-        yield Raw(place, "dialogues", {"messages": path}, group)
+        yield Raw(place, "dialogues", {"messages": path})
     for prompt, siblings in _forks(root, []):
         for best, worse in itertools.combinations(siblings, 2):
-            row = {"prompt": prompt, "chosen": [_said(best)], "rejected": [_said(worse)]}
-            yield Raw(place, "pairs", row, group)
+            if best["rank"] != worse["rank"]:
+                yield Raw(place, "pairs", {"prompt": prompt, "chosen": [_said(best)], "rejected": [_said(worse)]})
 
 
 def _said(node: Mapping[str, Any]) -> Message:

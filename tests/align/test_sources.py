@@ -73,15 +73,21 @@ def test_trees_give_the_best_path_and_the_ranked_siblings(tmp_path: Path) -> Non
     def node(role: str, text: str, rank: int | None, *replies: Any) -> dict[str, Any]:
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
-    best = node("assistant", "good", 0, node("prompter", "more?", 0))
+    deep = node("prompter", "more?", 0, node("assistant", "yes", 0), node("assistant", "no", 1))
+    best = node("assistant", "good", 0, deep)
     tree = node("prompter", "q", None, node("assistant", "poor", 2), best, node("assistant", "fair", 1))
     deleted = {**node("assistant", "gone", 0), "deleted": True}
-    tree["replies"].append(deleted)
+    tied = {**node("assistant", "fine", 1), "replies": []}
+    tree["replies"] += [deleted, tied]
     found = rows(tmp_path / "x.jsonl", Kind.trees, [{"message_tree_id": "t", "prompt": tree}])
-    assert parsed(found[0]).messages == (user("q"), said("good"))
+    assert parsed(found[0]).messages == (user("q"), said("good"), user("more?"), said("yes"))
     pairs = [(raw.row["chosen"][0]["content"], raw.row["rejected"][0]["content"]) for raw in found[1:]]
-    assert pairs == [("good", "fair"), ("good", "poor"), ("fair", "poor")]
-    assert {raw.group for raw in found} == {"t"}
+    # Fair and fine are of one rank: neither is preferred.
+    wanted = [("fair", "poor"), ("fine", "poor"), ("yes", "no")]
+    assert pairs == [*(("good", other) for other in ("fair", "fine", "poor")), *wanted]
+    # A flat export of the same tree has the prompt alone to be split by.
+    assert {raw.group for raw in found} == {None}
+    assert all(dialogues.prompt_of(parsed(raw)) == (user("q"),) for raw in found)
 
 
 def test_a_worked_answer_loses_the_marks_of_its_calculator(tmp_path: Path) -> None:

@@ -100,3 +100,26 @@ def test_settings_that_cannot_be_meant(module: ModuleType, settings: dict[str, A
     given = {"sources": {"p": SourceConfig(kind=Kind.python_stdlib)}} if settings else {}
     with pytest.raises(ValueError, match=reason):
         module.Dialogues(**given, **settings, out=Path("x"))
+
+
+def test_a_tree_and_its_flat_export_are_on_the_same_side(module: ModuleType, tmp_path: Path) -> None:
+    trees, flat = [], []
+    for number in range(60):
+        said = {"role": "assistant", "text": f"a{number}", "rank": 0, "replies": []}
+        root = {"role": "prompter", "text": f"q{number}", "replies": [said, {**said, "text": "no", "rank": 1}]}
+        trees.append({"message_tree_id": f"tree {number}", "prompt": root})
+        asked = {"role": "user", "content": f"q{number}"}
+        flat.append({"messages": [asked, {"role": "assistant", "content": f"other {number}"}]})
+    for name, rows in (("trees", trees), ("flat", flat)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {
+        "trees": SourceConfig(kind=Kind.trees, path=str(tmp_path / "trees")),
+        "flat": SourceConfig(path=str(tmp_path / "flat")),
+    }
+    module.run(module.Dialogues(sources=sources, held_out=0.5, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    train, held = (
+        {prompt_of(row)[0]["content"] for row in [*data.dialogues(split), *data.pairs(split)]} for split in SPLITS
+    )
+    assert len(train) + len(held) == 60
+    assert min(len(train), len(held)) > 10
