@@ -91,9 +91,7 @@ def take(
         if all(taken[kind] == source.max_rows for kind in source.take):
             break
         try:
-            row = PARSERS[raw.kind](raw.row, f"{name}/{raw.place}")
-            if isinstance(row, Task) and row.check:
-                verifiers.validate(row.check)
+            row = parse(raw, f"{name}/{raw.place}")
         except ValueError as error:
             refused.add(f"{name}, {raw.place}", str(error))
             continue
@@ -108,6 +106,16 @@ def take(
             taken[raw.kind] += 1
     refused.check(f"sources.{name}", sum(taken.values()))
     return {**taken, "refused": refused.total, "refused_for": refused.counts}
+
+
+def parse(raw: Raw, id: str) -> Row:  # noqa: A002  (the field's name)
+    """A row that is right; ``ValueError`` says why it is none."""
+    if raw.wrong is not None:
+        raise ValueError(raw.wrong)
+    row = PARSERS[raw.kind](raw.row, id)
+    if isinstance(row, Task) and row.check:
+        verifiers.validate(row.check)
+    return row
 
 
 def side(config: Dialogues, source: SourceConfig, raw: Raw, row: Row) -> str:

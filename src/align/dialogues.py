@@ -139,18 +139,21 @@ def pythonic(calls: Any) -> str:
     Source: llama-models, models/llama3_2/text_prompt_format.md.
 
     Raises:
-        ValueError: a call has no name, or its arguments are no mapping.
+        ValueError: they are no list, a call has no name, or its arguments are no mapping.
     """
-    written = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):  # OpenAI's form
-            arguments = json.loads(arguments)
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
-            raise ValueError(f"a tool call needs a name and a mapping of arguments, got {str(call)[:80]!r}")
-        written.append(f"{function['name']}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")
-    return f"[{', '.join(written)}]"
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ValueError(f"tool_calls must be a list, got {str(calls)[:80]!r}")
+    return f"[{', '.join(map(_call, calls))}]"
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, Mapping) else (None, {})
+    if isinstance(arguments, str) and arguments:  # OpenAI's form
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
+        raise ValueError(f"a tool call needs a name and a mapping of arguments, got {str(call)[:80]!r}")
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in (arguments or {}).items())})"
 
 
 def parse_dialogue(row: Mapping[str, Any], id: str) -> Dialogue:  # noqa: A002  (the field's name)

@@ -27,8 +27,8 @@ def functions(demand: Demand = Demand.signature) -> Iterator[Raw]:
     """Dialogues about the functions of the standard library that have a docstring, in the order of a hash.
 
     Each function gives two dialogues, source to docstring and docstring to source, and a task of the second. The order
-    of a hash makes the first ``max_rows`` a fair sample. Functions that share a prompt, as those of two modules with one
-    signature and one docstring do, are of one group, so that no prompt of a held-out function is trained on.
+    of a hash makes the first ``max_rows`` a fair sample. Functions that share a prompt, as two with one signature and
+    one docstring do, are of one group, so that no prompt of a held-out function is trained on.
     """
     found = [(path, function) for path in stdlib.files() for function in _documented(path)]
     found.sort(key=lambda pair: _order(pair[1].source))

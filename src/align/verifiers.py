@@ -378,7 +378,7 @@ def _length(check: Mapping[str, Any], answer: str) -> float:
 
 
 def _validate_length(check: Mapping[str, Any]) -> None:
-    if check.get("unit", "words") not in UNITS:
+    if check.get("unit", "words") not in list(UNITS):
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {check['unit']!r}")
     bounds = {name: check[name] for name in ("min", "max") if name in check}
     if not bounds:

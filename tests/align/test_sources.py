@@ -95,8 +95,37 @@ def test_a_worked_answer_loses_the_marks_of_its_calculator(tmp_path: Path) -> No
     dialogue, task = rows(tmp_path / "x.jsonl", Kind.gsm8k, [row])
     assert parsed(dialogue).messages[-1] == said("It is 48/2 = 24.\n#### 1,024")
     assert parsed(task).check == {"kind": "number", "answer": "1,024"}
-    with pytest.raises(ValueError, match=r"x.jsonl:1: the answer has no ####"):
-        rows(tmp_path / "x.jsonl", Kind.gsm8k, [{"question": "q", "answer": "24"}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        (Kind.gsm8k, {"question": "q", "answer": "24"}, "the answer has no #### before its number"),
+        (Kind.trees, {}, "the prompt of a tree must be a message, got NoneType"),
+        (Kind.trees, {"prompt": {"role": "prompter", "text": "q", "replies": ["x"]}}, "replies must be a list of mess"),
+        (
+            Kind.trees,
+            {"prompt": {"role": "prompter", "text": "q", "replies": [{"rank": "x"}]}},
+            "must be a number, got",
+        ),
+    ],
+)
+def test_a_row_of_another_form_is_wrong_and_the_next_is_read(kind: Kind, row: Any, reason: str, tmp_path: Path) -> None:
+    right = {
+        Kind.gsm8k: {"question": "q", "answer": "#### 24"},
+        Kind.trees: {"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a"}]}},
+    }
+    wrong, *found = rows(tmp_path / "x.jsonl", kind, [row, right[kind]], take=["dialogues"])
+    assert wrong.place == "x.jsonl:1"
+    assert reason in str(wrong.wrong)
+    assert [(raw.place, raw.kind, raw.wrong) for raw in found] == [("x.jsonl:2", "dialogues", None)]
+
+
+def test_arguments_that_are_none_are_left_to_the_check(tmp_path: Path) -> None:
+    row = {"prompt": "p", "instruction_id_list": ["a"], "kwargs": ["{}"]}
+    assert rows(tmp_path / "x.jsonl", Kind.ifeval, [row])[0].row["check"]["kwargs"] == ["{}"]
+    row["kwargs"] = [None]
+    assert rows(tmp_path / "x.jsonl", Kind.ifeval, [row])[0].row["check"]["kwargs"] == [{}]
 
 
 def test_a_system_message_is_put_where_there_is_none(tmp_path: Path) -> None:

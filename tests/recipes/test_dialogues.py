@@ -93,6 +93,44 @@ def test_a_source_with_too_many_wrong_rows_publishes_nothing(module: ModuleType,
     assert not (tmp_path / "out" / "dialogues.json").exists()
 
 
+def asked(*replies: Any) -> dict[str, Any]:
+    return {"prompt": {"role": "prompter", "text": "q", "replies": list(replies)}}
+
+
+RIGHT: dict[Kind, dict[str, Any]] = {
+    Kind.messages: {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    Kind.gsm8k: {"question": "q", "answer": "#### 2"},
+    Kind.ifeval: {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    Kind.tasks: {"prompt": "p", "check": {"kind": "length", "min": 1}},
+    Kind.trees: asked({"role": "assistant", "text": "a"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "reason"),
+    [
+        (Kind.messages, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls must be a list, got '5'"),
+        (Kind.gsm8k, {"answer": "2"}, "the answer has no #### before its number"),
+        (Kind.ifeval, {"kwargs": ["{}"]}, "check ifeval: an instruction is an id and a mapping"),
+        (Kind.ifeval, {"kwargs": 5}, "check ifeval: kwargs must hold one mapping for each"),
+        (Kind.tasks, {"check": {"kind": "length", "min": 1, "unit": []}}, "check length: unit must be one of words"),
+        (Kind.trees, asked("x"), "replies must be a list of messages"),
+    ],
+)
+def test_a_row_of_another_form_is_refused_and_the_rest_is_read(
+    module: ModuleType, kind: Kind, wrong: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({**RIGHT[kind], **wrong}, RIGHT[kind])))
+    sources = {"s": SourceConfig(kind=kind, path=str(path))}
+    module.run(module.Dialogues(sources=sources, max_refused=0.5, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    assert data.manifest["sources"]["s"]["refused"] == 1
+    assert sum(entry["rows"] for entry in data.manifest["files"].values()) >= 1
+    with pytest.raises(ValueError, match=rf"s: 1 of \d rows were refused.*\n  s, x:1: {reason}"):
+        module.run(module.Dialogues(sources=sources, max_refused=0.1, out=tmp_path / "again"))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"), [({}, "there are no sources"), ({"held_out": 1.0}, "held_out must be in 0..1")]
 )
