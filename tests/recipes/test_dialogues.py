@@ -53,6 +53,15 @@ def test_rows_are_split_by_prompt_counted_and_published(module: ModuleType, tmp_
     assert {row.messages[0]["content"] for row in held} <= longer
 
 
+def test_dialogues_that_went_on_behind_the_last_answer_are_counted(module: ModuleType, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    source = write(tmp_path / "a.jsonl", 3, and_also=[{"messages": [asked, said, asked]}])
+    module.run(module.Dialogues(sources={"a": source}, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    assert data.manifest["sources"]["a"] == {"dialogues": 4, "shortened": 1, "refused": 0, "refused_for": {}}
+    assert {len(row.messages) for split in SPLITS for row in data.dialogues(split)} == {2}
+
+
 def test_a_side_a_kind_and_a_number_can_be_asked_for(module: ModuleType, tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "#### 2"}
     (tmp_path / "g.jsonl").write_text("".join(json.dumps({**row, "question": f"{n}?"}) + "\n" for n in range(9)))
