@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from llamita.align.dialogues import Message
 
@@ -29,13 +29,16 @@ class Raw:
     wrong: str | None = None
     """Why it could not be read in its form; such a row is of no kind."""
 
-    @classmethod
-    def of(cls, form: Form, place: str, row: Mapping[str, Any]) -> list[Self]:
-        """What a row gives in a form: all of it, or one row that is wrong."""
-        try:
-            return [*form(place, row)]
-        except ValueError as error:
-            return [cls(place, "", {}, wrong=str(error))]
+
+Form = Callable[[str, Mapping[str, Any]], Iterator[Raw]]
+
+
+def read(form: Form, place: str, row: Mapping[str, Any]) -> list[Raw]:
+    """What a row gives in a form: all of it, or one row that is wrong."""
+    try:
+        return [*form(place, row)]
+    except ValueError as error:
+        return [Raw(place, "", {}, wrong=str(error))]
 
 
 def messages(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
@@ -62,8 +65,6 @@ def instructions(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
         sides = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
         yield Raw(place, "pairs", {"prompt": prompt, **sides})
 
-
-Form = Callable[[str, Mapping[str, Any]], Iterator[Raw]]
 
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _SPEAKER = {"Human": "user", "Assistant": "assistant"}

@@ -134,12 +134,12 @@ def _read(name: str, source: SourceConfig, allow_network: bool) -> Iterator[Raw]
             form = FORMS[source.form]
             rows = hub.load(str(source.path), subset=source.subset, split=source.split, allow_network=allow_network)
             for number, row in enumerate(rows):
-                yield from Raw.of(form, f"{name}:{number}", row)
+                yield from forms.read(form, f"{name}:{number}", row)
         case _:
             path = Path(str(source.path))
             form = FORMS[source.kind]
             for number, row in enumerate(objects(path), 1):
-                yield from Raw.of(form, f"{path.name}:{number}", row)
+                yield from forms.read(form, f"{path.name}:{number}", row)
 
 
 def _with_system(raw: Raw, system: str | None) -> Raw:
