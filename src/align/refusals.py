@@ -14,8 +14,9 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FIRST_CHARACTERS = 200
 
@@ -68,11 +69,16 @@ def holds(answer: str, words: Sequence[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer.lower()) for word in words)
 
 
-def read_prompts(path: Path, column: str, *, most: int | None = None) -> list[str]:
+def read_prompts(
+    path: Path, column: str, *, most: int | None = None, where: Mapping[str, str] | None = None
+) -> list[str]:
     """The texts of one column of a CSV or JSONL file, ``.gz`` or not; every row must have one.
 
+    With ``where`` only rows whose other columns hold these values: a row that lacks one of them is left out.
+
     Raises:
-        ValueError: the file is missing, of another kind, or a row lacks the column; the row is named.
+        ValueError: the file is missing, of another kind, or a row lacks the column; the row is named. No row is as
+            ``where`` says.
     """
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "csv":
@@ -86,11 +92,21 @@ def read_prompts(path: Path, column: str, *, most: int | None = None) -> list[st
         raise ValueError(f"{path} must be a .csv or .jsonl file, or one of them with .gz")
     if not rows:
         raise ValueError(f"{path} has no rows")
-    for number, row in enumerate(rows[:most], 1):
+    numbered = [pair for pair in enumerate(rows, 1) if _is_as(pair[1], where or {})][:most]
+    if not numbered:
+        wanted = ", ".join(f"{key}={value}" for key, value in (where or {}).items())
+        raise ValueError(f"{path} has no row where {wanted}")
+    for number, row in numbered:
         if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
             known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{path}, row {number} has no text in {column!r}; it has {known}")
-    return [row[column] for row in rows[:most]]
+    return [row[column] for _, row in numbered]
+
+
+def _is_as(row: Any, where: Mapping[str, str]) -> bool:
+    if not isinstance(row, Mapping):
+        return not where
+    return all(key in row and str(row[key]) == value for key, value in where.items())
 
 
 def _text(path: Path) -> str:
