@@ -246,7 +246,8 @@ def _cell(value: evaluate.Estimate) -> str:
 def read_lists(config: Any) -> tuple[dict[str, list[str]], list[str]]:
     """The safety prompts by their names, and the listed words."""
     safety = {
-        name: refusals.read_prompts(one.path, one.column, most=one.max_rows) for name, one in config.safety.items()
+        name: refusals.read_prompts(one.path, one.column, most=one.max_rows, where=one.where)
+        for name, one in config.safety.items()
     }
     return safety, refusals.read_words(config.listed_words) if config.listed_words else []
 

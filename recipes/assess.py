@@ -61,6 +61,8 @@ class ListConfig:
     path: Path | None = None
     column: str = "prompt"
     """Of the CSV file, or key of the JSON lines."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Columns and the values that they must hold: one label of a labelled file. Empty: all rows."""
     max_rows: int | None = None
 
 

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from llamita import runs, storage
 from llamita.align import dialogues, sources, verifiers
-from llamita.align.dialogues import PARSERS, SPLITS, Refused, Row, Task
+from llamita.align.dialogues import PARSERS, SPLITS, Dialogue, Refused, Row, Task
 from llamita.align.forms import Raw
 from llamita.align.sources import Kind, Side, SourceConfig
 
@@ -83,17 +83,17 @@ def take(
 ) -> dict[str, Any]:
     """Put the rows of a source where they belong; returns how many were taken, and why others were not.
 
+    ``shortened`` of them are dialogues that went on behind the assistant's last word.
+
     Raises:
         ValueError: too many of them are wrong.
     """
-    refused, taken = Refused(config.max_refused, "max_refused"), Counter[str]()
+    refused, taken, shortened = Refused(config.max_refused, "max_refused"), Counter[str](), 0
     for raw in sources.read(name, source, allow_network=config.allow_network):
         if all(taken[kind] == source.max_rows for kind in source.take):
             break
         try:
-            row = PARSERS[raw.kind](raw.row, f"{name}/{raw.place}")
-            if isinstance(row, Task) and row.check:
-                verifiers.validate(row.check)
+            row = parse(raw, f"{name}/{raw.place}")
         except ValueError as error:
             refused.add(f"{name}, {raw.place}", str(error))
             continue
@@ -106,8 +106,20 @@ def take(
             seen.add(text)
             rows[side(config, source, raw, row)][raw.kind].append(row)
             taken[raw.kind] += 1
+            shortened += isinstance(row, Dialogue) and len(row.messages) < len(raw.row["messages"])
     refused.check(f"sources.{name}", sum(taken.values()))
-    return {**taken, "refused": refused.total, "refused_for": refused.counts}
+    more = {"shortened": shortened} if shortened else {}
+    return {**taken, **more, "refused": refused.total, "refused_for": refused.counts}
+
+
+def parse(raw: Raw, id: str) -> Row:  # noqa: A002  (the field's name)
+    """A row that is right; ``ValueError`` says why it is none."""
+    if raw.wrong is not None:
+        raise ValueError(raw.wrong)
+    row = PARSERS[raw.kind](raw.row, id)
+    if isinstance(row, Task) and row.check:
+        verifiers.validate(row.check)
+    return row
 
 
 def side(config: Dialogues, source: SourceConfig, raw: Raw, row: Row) -> str:

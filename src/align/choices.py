@@ -87,7 +87,8 @@ def right(
     """Whether each question's right ending is the likeliest: by its log-probability, and by that per byte of it.
 
     The context is the user's message and the ending the assistant's; the end of the turn is not scored. lm-eval calls
-    the two ``acc`` and ``acc_norm``. The first of equally likely endings counts.
+    the two ``acc`` and ``acc_bytes``; its ``acc_norm`` divides by characters, which is the same where all are ASCII.
+    The first of equally likely endings counts.
     """
     texts = [_scored(encoder, question.context, ending) for question in questions for ending in question.endings]
     total_N, _ = generation.log_probabilities(model, texts, batch_rows=batch_rows)

@@ -139,31 +139,41 @@ def pythonic(calls: Any) -> str:
     Source: llama-models, models/llama3_2/text_prompt_format.md.
 
     Raises:
-        ValueError: a call has no name, or its arguments are no mapping.
+        ValueError: they are no list, a call has no name, or its arguments are no mapping.
     """
-    written = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):  # OpenAI's form
-            arguments = json.loads(arguments)
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
-            raise ValueError(f"a tool call needs a name and a mapping of arguments, got {str(call)[:80]!r}")
-        written.append(f"{function['name']}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")
-    return f"[{', '.join(written)}]"
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ValueError(f"tool_calls must be a list, got {str(calls)[:80]!r}")
+    return f"[{', '.join(map(_call, calls))}]"
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, Mapping) else (None, {})
+    if isinstance(arguments, str) and arguments:  # OpenAI's form
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
+        raise ValueError(f"a tool call needs a name and a mapping of arguments, got {str(call)[:80]!r}")
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in (arguments or {}).items())})"
 
 
 def parse_dialogue(row: Mapping[str, Any], id: str) -> Dialogue:  # noqa: A002  (the field's name)
-    """A dialogue that teaches something; ``ValueError`` as :func:`parse_messages`."""
-    messages = parse_messages(row.get("messages"))
-    if not any(message["role"] == Role.assistant for message in messages):
+    """A dialogue up to the assistant's last word; ``ValueError`` as :func:`parse_messages`, or where it says nothing.
+
+    What people or tools say behind it teaches nothing and is cut off.
+    """
+    messages = list(parse_messages(row.get("messages")))
+    while messages and messages[-1]["role"] != Role.assistant:
+        messages.pop()
+    if not messages:
         raise ValueError("no message of the assistant, so nothing to learn from")
-    return Dialogue(str(row.get("id", id)), messages)
+    return Dialogue(str(row.get("id", id)), tuple(messages))
 
 
 def parse_pair(row: Mapping[str, Any], id: str) -> Pair:  # noqa: A002
-    """A pair with two different answers; ``ValueError`` as :func:`parse_messages`, or where they are equal."""
+    """A pair with two different answers; ``ValueError`` as :func:`parse_messages`, or where they answer nothing."""
     prompt = parse_messages(row.get("prompt"))
+    if (last := prompt[-1]["role"]) not in (Role.user, Role.ipython):
+        raise ValueError(f"the prompt of a pair must end with a user or a tool, it ends with the {last}")
     chosen, rejected = (_answer(row.get(side), side) for side in ("chosen", "rejected"))
     if chosen["content"].strip() == rejected["content"].strip():
         raise ValueError(f"chosen and rejected are equal: {chosen['content'][:60]!r}")

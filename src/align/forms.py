@@ -1,14 +1,14 @@
 """The forms in which dialogues, pairs and tasks are published: what a row of each tells.
 
 A reader of a form takes a row with its place and gives rows in the form of :mod:`llamita.align.dialogues`, not yet
-checked.
+checked. It raises ``ValueError`` for a row that cannot be read so far.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,22 @@ class Raw:
     kind: str
     row: Mapping[str, Any]
     group: str | None = None
-    """Rows of one group stay on one side; unset: rows of one prompt do."""
+    """Rows of one group stay on one side, also where their prompts differ; unset: rows of one prompt do."""
     split: str | None = None
     """Decided already."""
+    wrong: str | None = None
+    """Why it could not be read in its form; such a row is of no kind."""
+
+
+Form = Callable[[str, Mapping[str, Any]], Iterator[Raw]]
+
+
+def read(form: Form, place: str, row: Mapping[str, Any]) -> list[Raw]:
+    """What a row gives in a form: all of it, or one row that is wrong."""
+    try:
+        return [*form(place, row)]
+    except ValueError as error:
+        return [Raw(place, "", {}, wrong=str(error))]
 
 
 def messages(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
@@ -105,11 +118,13 @@ def role_of(message: Any) -> Any:
 
 
 def trees(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
-    """The best answers of a tree as a dialogue, and its ranked siblings as pairs."""
+    """The best answers of a tree as a dialogue, and its siblings of different ranks as pairs.
+
+    All of them begin with the root's prompt, which keeps them on one side of the split.
+    """
     root = row.get("prompt")
     if not isinstance(root, Mapping):
-        raise ValueError(f"{place}: a tree needs a prompt")
-    group = str(row.get("message_tree_id", place))
+        raise ValueError(f"the prompt of a tree must be a message, got {type(root).__name__}")
     path = [_said(root)]
     node = root
     while replies := _ranked(node):
@@ -118,11 +133,11 @@ def trees(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
     while path and path[-1]["role"] != "assistant":
         path.pop()
     if path:
-        yield Raw(place, "dialogues", {"messages": path}, group)
+        yield Raw(place, "dialogues", {"messages": path})
     for prompt, siblings in _forks(root, []):
         for best, worse in itertools.combinations(siblings, 2):
-            row = {"prompt": prompt, "chosen": [_said(best)], "rejected": [_said(worse)]}
-            yield Raw(place, "pairs", row, group)
+            if best["rank"] != worse["rank"]:
+                yield Raw(place, "pairs", {"prompt": prompt, "chosen": [_said(best)], "rejected": [_said(worse)]})
 
 
 def _said(node: Mapping[str, Any]) -> Message:
@@ -132,7 +147,12 @@ def _said(node: Mapping[str, Any]) -> Message:
 
 def _ranked(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Replies that were not deleted, the best first; those without a rank come last, in their order."""
-    replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise ValueError(f"replies must be a list of messages, got {str(replies)[:80]!r}")
+    if wrong := [reply["rank"] for reply in replies if not isinstance(reply.get("rank"), int | float | None)]:
+        raise ValueError(f"the rank of a reply must be a number, got {str(wrong[0])[:80]!r}")
+    replies = [reply for reply in replies if not reply.get("deleted")]
     return sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
 
 
@@ -152,7 +172,7 @@ def gsm8k(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
     prompt = [{"role": "user", "content": row.get("question")}]
     worked, mark, answer = str(row.get("answer") or "").rpartition("####")
     if not mark:
-        raise ValueError(f"{place}: the answer has no #### before its number")
+        raise ValueError("the answer has no #### before its number")
     worked = re.sub(r"<<[^<>]*>>", "", worked).strip()  # the calculator's marks
     said = f"{worked}\n#### {answer.strip()}"
     yield Raw(place, "dialogues", {"messages": [*prompt, {"role": "assistant", "content": said}]})
@@ -161,10 +181,19 @@ def gsm8k(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
 
 def ifeval(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:
     """A task of instructions that can be checked."""
-    given = [{key: value for key, value in (k or {}).items() if value is not None} for k in row.get("kwargs") or []]
+    given = row.get("kwargs")
+    if isinstance(given, list):
+        given = [_given(arguments) for arguments in given]
     check = {"kind": "ifeval", "instruction_id_list": row.get("instruction_id_list"), "kwargs": given}
     prompt = [{"role": "user", "content": row.get("prompt")}]
     yield Raw(place, "tasks", {"id": str(row.get("key", place)), "prompt": prompt, "check": check})
+
+
+def _given(arguments: Any) -> Any:
+    # A table has one column for every argument, which is empty where an instruction has none of that name.
+    if isinstance(arguments, Mapping):
+        return {key: value for key, value in arguments.items() if value is not None}
+    return {} if arguments is None else arguments
 
 
 def tasks(place: str, row: Mapping[str, Any]) -> Iterator[Raw]:

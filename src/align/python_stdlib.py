@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,12 +27,14 @@ def functions(demand: Demand = Demand.signature) -> Iterator[Raw]:
     """Dialogues about the functions of the standard library that have a docstring, in the order of a hash.
 
     Each function gives two dialogues, source to docstring and docstring to source, and a task of the second. The order
-    of a hash makes the first ``max_rows`` a fair sample.
+    of a hash makes the first ``max_rows`` a fair sample. Functions that share a prompt, as two with one signature and
+    one docstring do, are of one group, so that no prompt of a held-out function is trained on.
     """
     found = [(path, function) for path in stdlib.files() for function in _documented(path)]
     found.sort(key=lambda pair: _order(pair[1].source))
-    for path, function in found:
-        yield from _about(f"{path.relative_to(stdlib.root())}:{function.line}", function, demand)
+    groups = _groups([function for _, function in found])
+    for (path, function), group in zip(found, groups, strict=True):
+        yield from _about(f"{path.relative_to(stdlib.root())}:{function.line}", function, group, demand)
 
 
 def _order(text: str) -> int:
@@ -52,6 +54,26 @@ class Function:
     """Without docstring and decorators."""
     arguments: tuple[str, ...]
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """What asks for its docstring, and what asks for its source."""
+        wanted = f'Write this function.\n\n{self.signature}\n    """{self.docstring}"""'
+        return f"Write the docstring of this function.\n\n{self.source}", wanted
+
+
+def _groups(functions: Sequence[Function]) -> list[str]:
+    """Per function the least source among those it is tied to: two that share a prompt are, directly or by others."""
+    groups = [function.source for function in functions]
+    while True:
+        least: dict[str, str] = {}
+        for function, group in zip(functions, groups, strict=True):
+            for prompt in function.prompts:
+                least[prompt] = min(group, least.get(prompt, group))
+        tied = [min(least[prompt] for prompt in function.prompts) for function in functions]
+        if tied == groups:
+            return groups
+        groups = tied
+
 
 def _documented(path: Path) -> Iterator[Function]:
     try:
@@ -68,7 +90,7 @@ def _documented(path: Path) -> Iterator[Function]:
                 signature=ast.unparse(ast.fix_missing_locations(head)).rpartition("\n")[0],
                 docstring=text.strip(),
                 source=ast.unparse(ast.fix_missing_locations(bare)),
-                arguments=tuple(argument.arg for argument in node.args.args),
+                arguments=tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args)),
             )
 
 
@@ -76,13 +98,11 @@ def _fields(node: ast.FunctionDef) -> dict[str, Any]:
     return {**dict(ast.iter_fields(node)), "lineno": node.lineno, "col_offset": node.col_offset}
 
 
-def _about(place: str, function: Function, demand: Demand) -> Iterator[Raw]:
-    described = [{"role": "user", "content": f"Write the docstring of this function.\n\n{function.source}"}]
-    wanted = f'Write this function.\n\n{function.signature}\n    """{function.docstring}"""'
-    asked = [{"role": "user", "content": wanted}]
-    for prompt, said in ((described, function.docstring), (asked, function.source)):
+def _about(place: str, function: Function, group: str, demand: Demand) -> Iterator[Raw]:
+    described, wanted = ([{"role": "user", "content": prompt}] for prompt in function.prompts)
+    for prompt, said in ((described, function.docstring), (wanted, function.source)):
         messages = [*prompt, {"role": "assistant", "content": said}]
-        yield Raw(place, "dialogues", {"messages": messages}, function.source)
+        yield Raw(place, "dialogues", {"messages": messages}, group)
     signature = {"function": function.name, "arguments": list(function.arguments)}
     check = {"kind": "python", **(signature if demand is Demand.signature else {})}
-    yield Raw(place, "tasks", {"prompt": asked, "check": check}, function.source)
+    yield Raw(place, "tasks", {"prompt": wanted, "check": check}, group)

@@ -10,8 +10,8 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import zstandard
 from llamita import hub
 from llamita.align import forms
 from llamita.align.dialogues import SPLITS, DialogueData
-from llamita.align.forms import Raw
+from llamita.align.forms import Form, Raw
 from llamita.align.python_stdlib import Demand, functions
 
 
@@ -102,7 +102,7 @@ class SourceConfig:
             raise ValueError(f"sources.{name}.path={self.path} does not exist")
 
 
-FORMS: dict[Kind, Callable[[str, Mapping[str, Any]], Iterator[Raw]]] = {
+FORMS: dict[Kind, Form] = {
     Kind.messages: forms.messages,
     Kind.instructions: forms.instructions,
     Kind.preferences: forms.preferences,
@@ -114,13 +114,13 @@ FORMS: dict[Kind, Callable[[str, Mapping[str, Any]], Iterator[Raw]]] = {
 
 
 def read(name: str, source: SourceConfig, *, allow_network: bool = False) -> Iterator[Raw]:
-    """The rows of a source, of the kinds that are wanted.
+    """The rows of a source, of the kinds that are wanted, and those that are wrong.
 
     Raises:
         ValueError: a file is damaged or of another form; of a single row the parser will say what is wrong.
     """
     for raw in _read(name, source, allow_network):
-        if raw.kind in source.take:
+        if raw.kind in source.take or raw.wrong is not None:
             yield _with_system(raw, source.system)
 
 
@@ -134,12 +134,12 @@ def _read(name: str, source: SourceConfig, allow_network: bool) -> Iterator[Raw]
             form = FORMS[source.form]
             rows = hub.load(str(source.path), subset=source.subset, split=source.split, allow_network=allow_network)
             for number, row in enumerate(rows):
-                yield from form(f"{name}:{number}", row)
+                yield from forms.read(form, f"{name}:{number}", row)
         case _:
             path = Path(str(source.path))
             form = FORMS[source.kind]
             for number, row in enumerate(objects(path), 1):
-                yield from form(f"{path.name}:{number}", row)
+                yield from forms.read(form, f"{path.name}:{number}", row)
 
 
 def _with_system(raw: Raw, system: str | None) -> Raw:
@@ -147,8 +147,7 @@ def _with_system(raw: Raw, system: str | None) -> Raw:
     messages = raw.row.get(key)
     if system is None or not isinstance(messages, list) or (messages and forms.role_of(messages[0]) == "system"):
         return raw
-    row = {**raw.row, key: [{"role": "system", "content": system}, *messages]}
-    return Raw(raw.place, raw.kind, row, raw.group, raw.split)
+    return replace(raw, row={**raw.row, key: [{"role": "system", "content": system}, *messages]})
 
 
 def objects(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -43,16 +43,24 @@ MAX_DIGITS = 60
 """Of a number that is read as one."""
 LAST_MARKS = 8
 LINE_CHARACTERS = 1000
+LAST_CHARACTERS = 100
 
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]}])[-−–+]\s?)?[$€£¥]?\s?"
+    r"(?:(?P<sign>(?<![\w.)\]}])[-−–+])(?=[$€£¥.\d\\]))?[$€£¥]?\s?"
     r"(?:\\d?frac\{(?P<top>\d{1,60})\}\{(?P<bottom>\d{1,60})\}"
     r"|(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>(?:(?<=\d)|(?<![\w.]))\.\d+)?"
     r"(?P<power>[eE][-+]?\d{1,2}(?![\w.]))?(?P<over>\s?/\s?\d{1,60}(?![\d.,]*\d))?)"
 )
 _MARK = re.compile(r"####|answer(?:\s+is\b|\W{0,4}[:=])|\\boxed\s*\{", re.IGNORECASE)
+_BEFORE_NUMBER = re.compile(r"[\s*_]*")
+_FRACTION = re.compile(r"\\d?frac\{[^{}]*\}\{[^{}]*\}")
+_OPERATOR = r"(?:[-−–+*/×·÷^x]|of\b|\\(?:times|cdot|div)\b)"
+_AMOUNT = r"[(\s]*-?[$€£¥]?\d[\d.,]*%?(?:\s+[A-Za-z]+){0,3}[)\s]*"
+_ARITHMETIC = re.compile(rf"{_AMOUNT}(?:{_OPERATOR}{_AMOUNT})+")
+_ENDS_IN_ARITHMETIC = re.compile(rf"{_ARITHMETIC.pattern}\Z")
+_VARIABLE = re.compile(r"[\d)][A-Za-z]\b|\b[A-Za-z]\(")
 # Possessive: a fence's line that never ends, as of a model that repeats itself, is looked at once, not at every place.
-_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)(?:^[ \t]*+```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def validate(check: Mapping[str, Any]) -> None:
@@ -118,21 +126,53 @@ def _value(found: re.Match[str]) -> Fraction | None:
 def final_number(answer: str, *, marked: bool = False) -> Fraction | None:
     """The number that an answer gives as its result.
 
-    That is the first number behind its last mark (``####`` as in GSM8K, Cobbe et al., 2021, arXiv:2110.14168;
-    ``answer is``, ``answer:``, ``\\boxed{``) on the same line, or behind the last ``=`` of that line; without a mark
-    the last number of all, or with ``marked`` none.
+    That is the number behind its last mark, on the same line: ``####`` as in GSM8K (Cobbe et al., 2021,
+    arXiv:2110.14168), ``\\boxed{``, ``answer is`` or ``answer:``. The two in words decide only where no later line has
+    a number, or with ``marked``. Without a mark it is the last number of all, or with ``marked`` none.
     """
     # A model that repeats itself may write ten thousand marks: the last few decide.
     for mark in reversed(list(_MARK.finditer(answer))[-LAST_MARKS:]):
-        rest = answer[mark.end() : mark.end() + LINE_CHARACTERS].lstrip()
+        begin = mark.end() + len(_BEFORE_NUMBER.match(answer, mark.end()).group())  # type: ignore[union-attr]
+        rest = answer[begin : begin + LINE_CHARACTERS]
         if mark.group().startswith("\\"):
             rest = _braced(rest)
+        in_words = mark.group()[0] in "aA"
+        if in_words and not marked and re.search(r"\d", answer[begin:].partition("\n")[2]):
+            continue
         line = rest.partition("\n")[0]
-        if found := numbers(line.rpartition("=")[2]) or numbers(line):
-            return found[0]
+        if (found := _worked(line) if mark.group()[-1] in ":=" else _stated(line)) is not None:
+            return found
     if marked:
         return None
     return next(iter(reversed(numbers(answer))), None)
+
+
+def _stated(line: str) -> Fraction | None:
+    """The first number of a line, behind each ``=`` before which there is no more than what was worked out."""
+    rest = line
+    while "=" in rest and _is_worked(rest.partition("=")[0]):
+        rest = rest.partition("=")[2]
+    return next(iter(numbers(rest) or numbers(line)), None)
+
+
+def _worked(line: str) -> Fraction | None:
+    """The number that a line begins with, else the first behind its last ``=``: here an answer may be worked out."""
+    before, _, result = line.rpartition("=")
+    begins = re.match(r"[^\w=]*\d", line) is not None
+    if begins and not _ENDS_IN_ARITHMETIC.search(before[-LAST_CHARACTERS:]):
+        return _stated(line)
+    return next(iter(numbers(result) or numbers(line)), None)
+
+
+def _is_worked(side: str) -> bool:
+    """Whether one side of an equation has no number, or is arithmetic or a formula behind words: ``it is 5 + 3``."""
+    plain = _FRACTION.sub("1", side)
+    first = re.search(r"\d", plain)
+    if first is None:
+        return True
+    expression = plain[first.start() :]
+    is_formula = _VARIABLE.search(plain) is not None and not re.search(r"[A-Za-z]{2}", expression)
+    return is_formula or _ARITHMETIC.fullmatch(expression) is not None
 
 
 def _braced(text: str) -> str:
@@ -218,13 +258,14 @@ def _validate_format(check: Mapping[str, Any]) -> None:
 
 
 def code_of(answer: str) -> str:
-    """The code of an answer: what its fenced blocks of Python (or of no named language) hold, else the whole answer."""
+    """The code of an answer: its fenced blocks of Python, else those of no named language; without blocks all of it.
+
+    A block that is never closed, as of an answer that was cut, goes to the end.
+    """
     blocks = _FENCE.findall(answer)
-    python = [code for language, code in blocks if language.lower() in ("", "py", "python", "python3")]
-    if not blocks:
-        # A block that was never closed: the answer was cut, or ends with its code.
-        return re.sub(r"\A\s*```[\w+-]*[ \t]*\n", "", answer)
-    return "\n".join(python)
+    named = [code for language, code in blocks if language.lower() in ("py", "python", "python3")]
+    unnamed = [code for language, code in blocks if not language]
+    return "\n".join(named or unnamed) if blocks else answer
 
 
 def parsed(code: str) -> ast.Module | None:
@@ -337,7 +378,7 @@ def _length(check: Mapping[str, Any], answer: str) -> float:
 
 
 def _validate_length(check: Mapping[str, Any]) -> None:
-    if check.get("unit", "words") not in UNITS:
+    if check.get("unit", "words") not in list(UNITS):
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {check['unit']!r}")
     bounds = {name: check[name] for name in ("min", "max") if name in check}
     if not bounds:

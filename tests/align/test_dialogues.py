@@ -30,6 +30,9 @@ SAID = {"role": "assistant", "content": "two."}
         ([USER, {"role": "system", "content": "late"}, SAID], "a system message must come first"),
         ([USER, {**SAID, "tool_calls": [{"name": "f"}]}], "either content or tool_calls"),
         ([USER, {"role": "assistant", "tool_calls": [{"arguments": {}}]}], "a tool call needs a name"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": "f"}]}], "a tool call needs a name"),
+        ([USER, {"role": "assistant", "tool_calls": 5}], "tool_calls must be a list, got '5'"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}], "a mapping of arguments"),
         (["text"], "a message must have role and content"),
         ([USER, {**SAID, "content": "\ud83d"}], "the message of the assistant holds half a character"),
     ],
@@ -39,13 +42,20 @@ def test_a_dialogue_that_cannot_be_learnt_from_is_refused(messages: Any, reason:
         dialogues.parse_dialogue({"messages": messages}, "x")
 
 
+def test_what_is_said_behind_the_last_answer_is_cut_off() -> None:
+    thanks, result = {"role": "user", "content": "thanks"}, {"role": "tool", "content": "3"}
+    for rest in ([thanks], [result, thanks]):
+        row = {"messages": [USER, SAID, USER, SAID, *rest]}
+        assert dialogues.parse_dialogue(row, "x").messages == (USER, SAID, USER, SAID)
+
+
 def test_tool_calls_are_written_as_llama_writes_them() -> None:
     calls = [
         {"type": "function", "function": {"name": "f", "arguments": '{"a": "x\'y", "n": null}'}},
         {"name": "g", "arguments": {"b": 1, "on": True}},
     ]
-    row = {"messages": [USER, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "3"}]}
-    said, result = dialogues.parse_dialogue(row, "x").messages[1:]
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "3"}, SAID]}
+    said, result, _ = dialogues.parse_dialogue(row, "x").messages[1:]
     assert said == {"role": "assistant", "content": '[f(a="x\'y", n=None), g(b=1, on=True)]'}
     assert result["role"] == "ipython"
 
@@ -58,6 +68,11 @@ def test_tool_calls_are_written_as_llama_writes_them() -> None:
         ({"chosen": [USER]}, "chosen: the last message must be of the assistant, it is of the user"),
         ({"chosen": [USER, SAID]}, "chosen must be one message, got 2"),
         ({"prompt": None}, "messages must be a list"),
+        ({"prompt": [USER, SAID]}, "the prompt of a pair must end with a user or a tool, it ends with the assistant"),
+        (
+            {"prompt": [{"role": "system", "content": "Be kind."}]},
+            "must end with a user or a tool, it ends with the sys",
+        ),
     ],
 )
 def test_a_pair_that_prefers_nothing_is_refused(changes: dict[str, Any], reason: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from llamita.align import refusals
 
+SAFETY = Path(__file__).resolve().parents[3] / "shared" / "data" / "safety"
+
 
 @pytest.mark.parametrize(
     ("answer", "is_refusal"),
@@ -17,6 +19,16 @@ from llamita.align import refusals
         ("Unfortunately, I cannot\nassist.", True),
         ("Sure! First, you need a pan.", False),
         ("A cannot-opener is a tool.", False),
+        ("Aloe cools: use it as an aid.", False),
+        ("Lufthansa, as an airline, flies there.", False),
+        ("As a responsible pet owner, you should vaccinate your dog.", False),
+        ("I can't wait to help! First, boil water.", False),
+        ("I cannot stress enough how good it is.", False),
+        ("I'm sorry to hear that you are ill. Tea helps.", False),
+        ("I'm sorry to hear that, but I can't help with it.", True),
+        ("As an AI, I do not do that.", True),
+        ("As a responsible AI assistant, I do not do that.", True),
+        ("I won't do that.", True),
         ("", False),
         ("Here is how. " * 40 + "I'm sorry", False),  # only the beginning counts
     ],
@@ -43,6 +55,28 @@ def test_prompts_are_read_from_each_kind_of_file(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         assert refusals.read_prompts(path, "prompt") == ["a, b", "c"]
         assert refusals.read_prompts(path, "prompt", most=1) == ["a, b"]
+
+
+def test_a_labelled_file_gives_the_prompts_of_one_label(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,bad\nb,good\nc,bad\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "H": 1}\n{"text": "b", "H": 0}\n{"text": "unknown"}\n')
+    for name, where, wanted in (
+        ("a.csv", {"label": "bad"}, ["a", "c"]),
+        ("a.jsonl", {"H": "1"}, ["a"]),
+        ("a.jsonl", {"H": "0"}, ["b"]),
+    ):
+        assert refusals.read_prompts(tmp_path / name, "text", where=where) == wanted
+        assert refusals.read_prompts(tmp_path / name, "text", where=where, most=1) == wanted[:1]
+    with pytest.raises(ValueError, match=r"a.csv has no row where label=ugly"):
+        refusals.read_prompts(tmp_path / "a.csv", "text", where={"label": "ugly"})
+
+
+@pytest.mark.skipif(not SAFETY.is_dir(), reason="shared/data is not here")
+def test_the_labels_of_the_real_files_part_them() -> None:
+    moderation, surge = SAFETY / "openai-moderation/samples-1680.jsonl.gz", SAFETY / "surge-toxicity/toxicity_en.csv"
+    counts = [len(refusals.read_prompts(moderation, "prompt", where={"V": label})) for label in "01"]
+    counts += [len(refusals.read_prompts(surge, "text", where={"is_toxic": label})) for label in ("Toxic", "Not Toxic")]
+    assert counts == [1356, 94, 501, 499]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from llamita.align import dialogues, python_stdlib, sources
+from llamita.align import dialogues, python_stdlib, sources, verifiers
 from llamita.align.forms import Raw
 from llamita.align.sources import Kind, SourceConfig
 
@@ -73,15 +73,21 @@ def test_trees_give_the_best_path_and_the_ranked_siblings(tmp_path: Path) -> Non
     def node(role: str, text: str, rank: int | None, *replies: Any) -> dict[str, Any]:
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
-    best = node("assistant", "good", 0, node("prompter", "more?", 0))
+    deep = node("prompter", "more?", 0, node("assistant", "yes", 0), node("assistant", "no", 1))
+    best = node("assistant", "good", 0, deep)
     tree = node("prompter", "q", None, node("assistant", "poor", 2), best, node("assistant", "fair", 1))
     deleted = {**node("assistant", "gone", 0), "deleted": True}
-    tree["replies"].append(deleted)
+    tied = {**node("assistant", "fine", 1), "replies": []}
+    tree["replies"] += [deleted, tied]
     found = rows(tmp_path / "x.jsonl", Kind.trees, [{"message_tree_id": "t", "prompt": tree}])
-    assert parsed(found[0]).messages == (user("q"), said("good"))
+    assert parsed(found[0]).messages == (user("q"), said("good"), user("more?"), said("yes"))
     pairs = [(raw.row["chosen"][0]["content"], raw.row["rejected"][0]["content"]) for raw in found[1:]]
-    assert pairs == [("good", "fair"), ("good", "poor"), ("fair", "poor")]
-    assert {raw.group for raw in found} == {"t"}
+    # Fair and fine are of one rank: neither is preferred.
+    wanted = [("fair", "poor"), ("fine", "poor"), ("yes", "no")]
+    assert pairs == [*(("good", other) for other in ("fair", "fine", "poor")), *wanted]
+    # A flat export of the same tree has the prompt alone to be split by.
+    assert {raw.group for raw in found} == {None}
+    assert all(dialogues.prompt_of(parsed(raw)) == (user("q"),) for raw in found)
 
 
 def test_a_worked_answer_loses_the_marks_of_its_calculator(tmp_path: Path) -> None:
@@ -89,8 +95,37 @@ def test_a_worked_answer_loses_the_marks_of_its_calculator(tmp_path: Path) -> No
     dialogue, task = rows(tmp_path / "x.jsonl", Kind.gsm8k, [row])
     assert parsed(dialogue).messages[-1] == said("It is 48/2 = 24.\n#### 1,024")
     assert parsed(task).check == {"kind": "number", "answer": "1,024"}
-    with pytest.raises(ValueError, match=r"x.jsonl:1: the answer has no ####"):
-        rows(tmp_path / "x.jsonl", Kind.gsm8k, [{"question": "q", "answer": "24"}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        (Kind.gsm8k, {"question": "q", "answer": "24"}, "the answer has no #### before its number"),
+        (Kind.trees, {}, "the prompt of a tree must be a message, got NoneType"),
+        (Kind.trees, {"prompt": {"role": "prompter", "text": "q", "replies": ["x"]}}, "replies must be a list of mess"),
+        (
+            Kind.trees,
+            {"prompt": {"role": "prompter", "text": "q", "replies": [{"rank": "x"}]}},
+            "must be a number, got",
+        ),
+    ],
+)
+def test_a_row_of_another_form_is_wrong_and_the_next_is_read(kind: Kind, row: Any, reason: str, tmp_path: Path) -> None:
+    right = {
+        Kind.gsm8k: {"question": "q", "answer": "#### 24"},
+        Kind.trees: {"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a"}]}},
+    }
+    wrong, *found = rows(tmp_path / "x.jsonl", kind, [row, right[kind]], take=["dialogues"])
+    assert wrong.place == "x.jsonl:1"
+    assert reason in str(wrong.wrong)
+    assert [(raw.place, raw.kind, raw.wrong) for raw in found] == [("x.jsonl:2", "dialogues", None)]
+
+
+def test_arguments_that_are_none_are_left_to_the_check(tmp_path: Path) -> None:
+    row = {"prompt": "p", "instruction_id_list": ["a"], "kwargs": ["{}"]}
+    assert rows(tmp_path / "x.jsonl", Kind.ifeval, [row])[0].row["check"]["kwargs"] == ["{}"]
+    row["kwargs"] = [None]
+    assert rows(tmp_path / "x.jsonl", Kind.ifeval, [row])[0].row["check"]["kwargs"] == [{}]
 
 
 def test_a_system_message_is_put_where_there_is_none(tmp_path: Path) -> None:
@@ -100,8 +135,13 @@ def test_a_system_message_is_put_where_there_is_none(tmp_path: Path) -> None:
     assert [parsed(raw).messages[0]["content"] for raw in found] == ["mine", "given"]
 
 
-def test_functions_of_the_library_without_docstring_parse_and_keep_their_name() -> None:
-    found = [raw for raw, _ in zip(python_stdlib.functions(), range(60), strict=False)]
+@pytest.fixture(scope="module")
+def library() -> list[Raw]:
+    return list(python_stdlib.functions())
+
+
+def test_functions_of_the_library_without_docstring_parse_and_keep_their_name(library: list[Raw]) -> None:
+    found = library[:60]
     assert [raw.kind for raw in found[:3]] == ["dialogues", "dialogues", "tasks"]
     for described, asked, task in zip(found[::3], found[1::3], found[2::3], strict=True):
         docstring, source = (parsed(raw).messages[-1]["content"] for raw in (described, asked))
@@ -111,6 +151,21 @@ def test_functions_of_the_library_without_docstring_parse_and_keep_their_name() 
         assert docstring in task.row["prompt"][0]["content"]
         assert docstring not in described.row["messages"][0]["content"] or docstring in source
         assert described.group == asked.group == task.group
+
+
+def test_every_function_of_the_library_earns_the_whole_reward_of_its_own_task(library: list[Raw]) -> None:
+    for asked, task in zip(library[1::3], library[2::3], strict=True):
+        assert verifiers.check(task.row["check"], asked.row["messages"][-1]["content"]) == 1, task.place
+
+
+def test_functions_that_share_a_prompt_are_of_one_group(library: list[Raw]) -> None:
+    groups: dict[str, set[str | None]] = {}
+    for raw in library:
+        prompt = (raw.row.get("prompt") or raw.row["messages"])[0]["content"]
+        groups.setdefault(prompt, set()).add(raw.group)
+    assert all(len(found) == 1 for found in groups.values())
+    # Few functions are tied, and never many to each other.
+    assert len({raw.group for raw in library}) > 0.9 * len(library) / 3
 
 
 def test_a_stage_keeps_its_splits(tmp_path: Path) -> None:

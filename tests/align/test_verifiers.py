@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamita.align import verifiers
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -36,12 +39,43 @@ from llamita.align import verifiers
         ("1, 2, 3", 3),
         (r"1{,}234", 1234),
         ("the answer is unknown, perhaps 9", 9),
+        ("Answer\n- 72 apples", 72),
+        ("**Answer** - 72", 72),
+        ("The total is – 72.", 72),
+        ("### Final answer\n- $18", 18),
+        ("#### -72", -72),
+        (r"it is -$18, or -\$18", -18),
+        (r"\boxed{-\frac{1}{2}}", Fraction(-1, 2)),
+        ("Answer: Janet has 16 - 3 - 4 = 9 eggs left.\nShe makes 9 * 2 = $18 a day.", 18),
+        ("To find the answer: first compute 16 - 7 = 9.\nThen 9 x 2 = 18.", 18),
+        ("Answer: She eats 3 of 16, and 16 - 3 = 13. Then 13 x 2 = 26.", 26),
+        ("Answer: 16 bars for 8 children are 16/8 = 2 each", 2),
+        ("Answer: 18 (9 eggs, price = $2)", 18),
+        ("The answer is 10 because x = 3", 10),
+        ("The final answer is 72 = 6*12", 72),
+        ("The answer is 2 * 3 + 4 = 6 + 4 = 10", 10),
+        ("The answer is 5 apples + 3 pears = 8 fruits", 8),
+        ("The answer is 5 + 3 = ?", 5),
+        (r"\boxed{\frac{1}{2} + \frac{1}{2} = 1}", 1),
+        (r"\boxed{f(2) = 5}", 5),
+        ("**Answer:**\n\n42 = 6 * 7", 42),
+        ("#### 18\nIs the answer: 3?\nNo, 4.", 18),
         ("no number", None),
         ("9" * 70, None),
     ],
 )
 def test_the_final_number_is_the_marked_one_and_else_the_last(answer: str, number: Fraction | int | None) -> None:
     assert verifiers.final_number(answer) == number
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="shared/data is not here")
+def test_the_worked_answers_of_gsm8k_earn_their_reward_however_the_last_line_is_written() -> None:
+    rows = [json.loads(line)["answer"].rpartition("####") for line in REAL.read_text().splitlines()]
+    assert len(rows) == 1319
+    for last in ("#### {}", "Answer\n- {}", "**Answer** - {}", "**Answer:**\n- {}", "The answer is {}.", "Answer: ${}"):
+        for worked, _, number in rows:
+            answer = worked + last.format(number.strip())
+            assert verifiers.check({"kind": "number", "answer": number.strip()}, answer) == 1, answer
 
 
 @given(top=st.integers(-(10**9), 10**9), places=st.integers(0, 4), comma=st.booleans())
@@ -62,6 +96,7 @@ def test_an_unmarked_number_does_not_count_where_a_mark_is_asked_for() -> None:
     verifiers.validate(check)
     assert verifiers.check(check, "It costs 18") == 0
     assert verifiers.check(check, "#### 18") == 1
+    assert verifiers.check(check, "The answer is 18.\nLet me know if you have 2 more questions.") == 1
 
 
 @pytest.mark.parametrize(
@@ -99,6 +134,10 @@ CODE = 'def area(w, h):\n    """Width times height."""\n    return w * h\n'
     [
         ({}, CODE, 1),
         ({}, f"Here it is:\n\n```python\n{CODE}```\nIt multiplies.", 1),
+        ({}, f"```python\n{CODE}```\nIt prints\n```\n6 square metres\n```", 1),
+        ({}, f"```Python3\n{CODE}```\n```\n6 square metres", 1),
+        ({}, f"Here it is:\n\n```python\n{CODE}", 1),
+        ({}, "```\nx = 1\n```\nand\n```\ny = 2", 1),
         ({}, f"```\n{CODE}", 1),  # cut before the fence was closed
         ({}, "Here it is.", 0),
         ({}, "Sure", 0),
@@ -165,7 +204,24 @@ def test_a_wrong_check_is_refused_with_what_is_allowed(check: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
-    "answer", ["<", "[", "*", "#", ".", "```\n", "answer is ", "\\boxed{", "-", "(", "\n\n", "1,234"]
+    "answer",
+    [
+        "<",
+        "[",
+        "*",
+        "#",
+        ".",
+        "```\n",
+        "```x\n",
+        "answer is ",
+        "answer: 1 = ",
+        "5 + 3 a ",
+        "\\boxed{",
+        "-",
+        "(",
+        "\n\n",
+        "1,234",
+    ],
 )
 def test_an_answer_that_repeats_itself_is_judged_in_linear_time(answer: str) -> None:
     """A model that got stuck must not hold up the run: ten times the answer, about ten times the time."""

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llamita import runs
-from llamita.align.dialogues import DialogueData
+from llamita.align.dialogues import SPLITS, DialogueData, prompt_of
+from llamita.align.python_stdlib import Demand
 from llamita.align.sources import Kind, Side, SourceConfig
 
 
@@ -52,6 +53,15 @@ def test_rows_are_split_by_prompt_counted_and_published(module: ModuleType, tmp_
     assert {row.messages[0]["content"] for row in held} <= longer
 
 
+def test_dialogues_that_went_on_behind_the_last_answer_are_counted(module: ModuleType, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    source = write(tmp_path / "a.jsonl", 3, and_also=[{"messages": [asked, said, asked]}])
+    module.run(module.Dialogues(sources={"a": source}, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    assert data.manifest["sources"]["a"] == {"dialogues": 4, "shortened": 1, "refused": 0, "refused_for": {}}
+    assert {len(row.messages) for split in SPLITS for row in data.dialogues(split)} == {2}
+
+
 def test_a_side_a_kind_and_a_number_can_be_asked_for(module: ModuleType, tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "#### 2"}
     (tmp_path / "g.jsonl").write_text("".join(json.dumps({**row, "question": f"{n}?"}) + "\n" for n in range(9)))
@@ -61,6 +71,17 @@ def test_a_side_a_kind_and_a_number_can_be_asked_for(module: ModuleType, tmp_pat
     module.run(module.Dialogues(sources={"g": source}, out=tmp_path / "out"))
     data = DialogueData.open(tmp_path / "out")
     assert {name: entry["rows"] for name, entry in data.manifest["files"].items()} == {"validation.tasks.jsonl": 4}
+
+
+def test_no_prompt_that_is_held_out_in_the_demo_is_trained_on(module: ModuleType, tmp_path: Path) -> None:
+    source = SourceConfig(kind=Kind.python_stdlib, demand=Demand.parses, max_characters=400, max_rows=3000)
+    module.run(module.Dialogues(sources={"python": source}, held_out=0.1, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    train, held = (
+        {prompt_of(row)[0]["content"] for row in [*data.dialogues(split), *data.tasks(split)]} for split in SPLITS
+    )
+    assert len(held) > 200
+    assert not train & held
 
 
 def test_a_stage_that_is_read_is_a_parent(module: ModuleType, tmp_path: Path) -> None:
@@ -81,6 +102,44 @@ def test_a_source_with_too_many_wrong_rows_publishes_nothing(module: ModuleType,
     assert not (tmp_path / "out" / "dialogues.json").exists()
 
 
+def asked(*replies: Any) -> dict[str, Any]:
+    return {"prompt": {"role": "prompter", "text": "q", "replies": list(replies)}}
+
+
+RIGHT: dict[Kind, dict[str, Any]] = {
+    Kind.messages: {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    Kind.gsm8k: {"question": "q", "answer": "#### 2"},
+    Kind.ifeval: {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    Kind.tasks: {"prompt": "p", "check": {"kind": "length", "min": 1}},
+    Kind.trees: asked({"role": "assistant", "text": "a"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "reason"),
+    [
+        (Kind.messages, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls must be a list, got '5'"),
+        (Kind.gsm8k, {"answer": "2"}, "the answer has no #### before its number"),
+        (Kind.ifeval, {"kwargs": ["{}"]}, "check ifeval: an instruction is an id and a mapping"),
+        (Kind.ifeval, {"kwargs": 5}, "check ifeval: kwargs must hold one mapping for each"),
+        (Kind.tasks, {"check": {"kind": "length", "min": 1, "unit": []}}, "check length: unit must be one of words"),
+        (Kind.trees, asked("x"), "replies must be a list of messages"),
+    ],
+)
+def test_a_row_of_another_form_is_refused_and_the_rest_is_read(
+    module: ModuleType, kind: Kind, wrong: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({**RIGHT[kind], **wrong}, RIGHT[kind])))
+    sources = {"s": SourceConfig(kind=kind, path=str(path))}
+    module.run(module.Dialogues(sources=sources, max_refused=0.5, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    assert data.manifest["sources"]["s"]["refused"] == 1
+    assert sum(entry["rows"] for entry in data.manifest["files"].values()) >= 1
+    with pytest.raises(ValueError, match=rf"s: 1 of \d rows were refused.*\n  s, x:1: {reason}"):
+        module.run(module.Dialogues(sources=sources, max_refused=0.1, out=tmp_path / "again"))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"), [({}, "there are no sources"), ({"held_out": 1.0}, "held_out must be in 0..1")]
 )
@@ -88,3 +147,26 @@ def test_settings_that_cannot_be_meant(module: ModuleType, settings: dict[str, A
     given = {"sources": {"p": SourceConfig(kind=Kind.python_stdlib)}} if settings else {}
     with pytest.raises(ValueError, match=reason):
         module.Dialogues(**given, **settings, out=Path("x"))
+
+
+def test_a_tree_and_its_flat_export_are_on_the_same_side(module: ModuleType, tmp_path: Path) -> None:
+    trees, flat = [], []
+    for number in range(60):
+        said = {"role": "assistant", "text": f"a{number}", "rank": 0, "replies": []}
+        root = {"role": "prompter", "text": f"q{number}", "replies": [said, {**said, "text": "no", "rank": 1}]}
+        trees.append({"message_tree_id": f"tree {number}", "prompt": root})
+        asked = {"role": "user", "content": f"q{number}"}
+        flat.append({"messages": [asked, {"role": "assistant", "content": f"other {number}"}]})
+    for name, rows in (("trees", trees), ("flat", flat)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {
+        "trees": SourceConfig(kind=Kind.trees, path=str(tmp_path / "trees")),
+        "flat": SourceConfig(path=str(tmp_path / "flat")),
+    }
+    module.run(module.Dialogues(sources=sources, held_out=0.5, out=tmp_path / "out"))
+    data = DialogueData.open(tmp_path / "out")
+    train, held = (
+        {prompt_of(row)[0]["content"] for row in [*data.dialogues(split), *data.pairs(split)]} for split in SPLITS
+    )
+    assert len(train) + len(held) == 60
+    assert min(len(train), len(held)) > 10
