@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from transformers import LlamaConfig
 
 from llamita import chat, checkpoints, estimate, preflight, runs
-from llamita.align import preferences, published, trainers, watch
+from llamita.align import preferences, published, trainer_keys, trainers, watch
 from llamita.align.dialogues import DialogueData
 from llamita.align.rejection import evenly
 from llamita.distill import launch
@@ -166,7 +166,7 @@ def told_of_pairs(
     """
     steps = config.num_steps(len(rows["train"]))
     found = told(config, steps=steps, max_length=None, train_sampling_strategy="sequential", **more)
-    trainers.check_keys(kind, config.trainer, found)
+    trainer_keys.check(kind, config.trainer, found)
     return found
 
 

@@ -70,7 +70,7 @@ def check(config: Dpo) -> tuple[_aligning.Given, dict[str, preferences.Rows], di
     given, rows = _aligning.open_pairs(config, held_out=config.validation_pairs)
     from trl.trainer.dpo_config import DPOConfig
 
-    ours = {"beta": config.beta, "precompute_ref_log_probs": True}
+    ours = {"beta": config.beta, "precompute_ref_log_probs": True, "pad_to_multiple_of": None}
     return given, rows, _aligning.told_of_pairs(config, DPOConfig, rows, **ours)
 
 

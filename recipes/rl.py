@@ -19,7 +19,7 @@ from typing import Any
 import _aligning
 import _judging
 from llamita import checkpoints, runs, storage
-from llamita.align import reinforce, trainers, watch
+from llamita.align import reinforce, trainer_keys, trainers, watch
 
 NAMES = {
     "reward": "rl/reward",
@@ -138,7 +138,7 @@ def check(config: Rl) -> tuple[_aligning.Given, dict[str, reinforce.Prompts], di
         more |= {} if config.kl_weight is None else {"beta": config.kl_weight}
     steps = config.num_steps(len(prompts["train"]), config.num_generations)
     told = _aligning.told(config, steps=steps, **more)
-    trainers.check_keys(_judging.kind(config.method)[0], config.trainer, told)
+    trainer_keys.check(_judging.kind(config.method)[0], config.trainer, told)
     return given, prompts, told
 
 

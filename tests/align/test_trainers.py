@@ -25,19 +25,6 @@ from llamita.align import reward_trainer, trainers, watch
 class Foreign:
     learning_rate: float = 0.0
     weight_decay: float = 0.0
-    inner: int = dataclasses.field(default=0, init=False)
-
-
-def test_a_key_that_the_trainer_does_not_have_is_named_with_what_is_near_it() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.weight_deacy=1: Foreign of TRL has no such.*mean weight_decay"):
-        trainers.check_keys(Foreign, {"weight_deacy": 1}, {})
-    with pytest.raises(ValueError, match=r"trainer\.inner"):
-        trainers.check_keys(Foreign, {"inner": 1}, {})
-
-
-def test_a_key_that_our_settings_decide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.learning_rate=1 is decided by this recipe's own settings"):
-        trainers.check_keys(Foreign, {"learning_rate": 1}, {"learning_rate": 2})
 
 
 def test_settings_pass_through_as_they_are() -> None:
