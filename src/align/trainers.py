@@ -191,6 +191,7 @@ def settings_of(
         "ddp_timeout": int(runs.COLLECTIVE_TIMEOUT.total_seconds()),
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,
+        "disable_dropout": not config.lora.dropout,  # no other layer of a Llama drops anything
     }
     if deepspeed is not None:
         told |= {"deepspeed": dict(deepspeed), "accelerator_config": {"use_configured_state": True}}

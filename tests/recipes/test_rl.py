@@ -157,6 +157,25 @@ def test_an_embedding_that_is_trained_leaves_the_model_without_adapters_as_it_wa
         assert kl[-1] > 10 * abs(kl[0])
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo", "distill"])
+def test_the_dropout_of_adapters_is_there_in_training(
+    method: str, recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("rl")
+    shares: set[float] = set()
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        shares.update(layer.p for layer in trainer.model.modules() if isinstance(layer, torch.nn.Dropout))
+        return train(trainer, listener)
+
+    monkeypatch.setattr(watch, "train", trained)
+    more: dict[str, Any] = {"method": module.Method(method), "steps": 1}
+    more |= {"teacher": module.OtherModel(path=folder / "teacher")} if method == "distill" else {}
+    module.run(settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=2, dropout=0.5), **more))
+    assert shares == {0.5}
+
+
 def test_prompts_are_the_encoders_own(recipe: Callable[[str], ModuleType], folder: Path) -> None:
     """For all trainers, special tokens in what a user says included; and so does the template that is published."""
     recipe("rl")
