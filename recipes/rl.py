@@ -160,7 +160,8 @@ def train(config: Rl, this: runs.Run) -> None:
     steps, each = told["max_steps"], config.global_batch_rows // config.num_generations
     order = trainers.order(len(prompts["train"]), steps * each, config.run.seed)
     tokenizer = stage.tokenizer(model)
-    model.config._name_or_path = str(config.model.path)  # where TRL finds the model to stay near to
+    # Where TRL finds the model to stay near to, and vLLM the one to draw with.
+    model.config._name_or_path = model.name_or_path = str(config.model.path)
     model.generation_config.eos_token_id = given.encoder.stop_ids
     reads = (
         {"teacher_model": teacher}

@@ -261,6 +261,24 @@ def test_the_divergence_is_that_of_dense_distributions(folder: Path) -> None:
     assert reinforce.divergence(models[0], models[0], prompts, said, dtype=torch.float32) == 0
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_trl_and_vllm_find_the_model_where_it_lies(
+    rank: int, recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL starts vLLM with the model's name."""
+    module = recipe("rl")
+
+    def trained(trainer: Any, listener: watch.Watch) -> None:
+        model = trainer.model
+        raise InterruptedError(f"{model.name_or_path} {model.config._name_or_path}")
+
+    monkeypatch.setattr(watch, "train", trained)
+    config = settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=rank), validation_tasks=0)
+    with pytest.raises(InterruptedError) as told:
+        module.run(config)
+    assert str(told.value) == f"{folder / 'model'} {folder / 'model'}"
+
+
 def test_the_likeliest_answer_does_not_depend_on_the_batch(folder: Path) -> None:
     encoder = chat.Encoder(checkpoints.load_tokenizer(folder / "model"))
     model = checkpoints.load_model(folder / "model")
