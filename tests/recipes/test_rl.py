@@ -90,7 +90,7 @@ def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
     module = recipe("rl")
     more: dict[str, Any] = {"method": module.Method(method)}
     if method == "distill":
-        more |= {"teacher": module.OtherModel(path=folder / "teacher"), "steps": 4}
+        more |= {"teacher": module.OtherModel(path=folder / "teacher"), "steps": 4, "num_generations": 1}
     for name in ("whole", "parts"):
         config = settings(module, folder, tmp_path / name, **more)
         if name == "parts":
@@ -128,7 +128,8 @@ def test_an_embedding_that_is_trained_leaves_the_model_without_adapters_as_it_wa
     """Which is the reference that a policy stays near to; in bfloat16 it rests beside a float32 embedding."""
     module, out = recipe("rl"), tmp_path / "out"
     more: dict[str, Any] = {"method": module.Method(method), "precision": Precision(precision), "learning_rate": 1e-2}
-    more |= {"teacher": module.OtherModel(path=folder / "teacher")} if method == "distill" else {"kl_weight": 0.1}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {"kl_weight": 0.1}
     lora = LoraConfig(rank=2, embeddings=True, targets=[Projection.v_proj])
     ids = torch.arange(12)[None]
     logits: list[torch.Tensor] = []
@@ -171,7 +172,8 @@ def test_the_dropout_of_adapters_is_there_in_training(
 
     monkeypatch.setattr(watch, "train", trained)
     more: dict[str, Any] = {"method": module.Method(method), "steps": 1}
-    more |= {"teacher": module.OtherModel(path=folder / "teacher")} if method == "distill" else {}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {}
     module.run(settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=2, dropout=0.5), **more))
     assert shares == {0.5}
 
@@ -292,6 +294,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 ) -> None:
     module, out = recipe("rl"), tmp_path / "out"
     other = module.OtherModel(path=folder / "teacher")
+    distill = {"method": module.Method.distill, "teacher": other, "num_generations": 1}
     for changes, message in (
         ({"num_generations": 3}, "num_generations must be at least 2 and divide global_batch_rows=16, got 3"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
@@ -300,7 +303,9 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"teacher": other}, "method=grpo: distill needs it, alone"),
         ({"method": module.Method.distill}, r"teacher\.path=None and method=distill"),
-        ({"method": module.Method.distill, "teacher": other, "kl_weight": 0.1}, "method=distill reads no reward"),
+        ({**distill, "kl_weight": 0.1}, "method=distill reads no reward"),
+        ({**distill, "temperature": 0.7}, "temperature must be 1 with method=distill, got 0.7"),
+        ({**distill, "num_generations": 4}, "num_generations must be 1 with method=distill, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(module, folder, out, **changes)
