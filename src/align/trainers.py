@@ -224,6 +224,21 @@ def not_yet_spread(arguments: Any) -> Iterator[None]:
         set_hf_deepspeed_config(deepspeed)  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def weights_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model have its weights in ``dtype`` for a while; what they were waits in the memory of the host."""
+    kept = []
+    for parameter in model.parameters():
+        if parameter.dtype is not dtype:
+            kept.append((parameter, parameter.device, parameter.data.cpu()))
+            parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, device, data in kept:
+            parameter.data = data.to(device)
+
+
 def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     """TRL's own object of settings; makes the process group, so every rank must come here.
 

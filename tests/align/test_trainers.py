@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 
 from conftest import tiny_model
 from llamita import checkpoints, manifests
@@ -94,6 +95,18 @@ def test_a_reward_model_trains_its_head_beside_the_adapters(embeddings: bool) ->
     adapted: Any = peft.get_peft_model(model, trainers.adapters(lora, model))
     whole = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name}
     assert whole == {"score", "embed_tokens"} if embeddings else {"score"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_cast_for_a_while_and_are_what_they_were_again(tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with trainers.weights_in(model, torch.bfloat16):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.model.rotary_emb.inv_freq.dtype is torch.float32  # as DeepSpeed leaves it
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
 def test_without_adapters_peft_is_told_nothing() -> None:
