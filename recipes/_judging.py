@@ -109,13 +109,13 @@ class HeldOut:
         """Mean reward of the likeliest answers, and the divergence from a teacher; kept for later starts."""
         if self.prompts is None:
             return {}
-        about = {"precision": str(self.stage.precision), **self.stage.parents}
         names = self._names()
-        kept = watch.measured_once(
-            self.stage.run.path / "reference" / "held_out.safetensors",
-            about,
-            lambda: torch.tensor([self._measure(model, model)[name] for name in names], dtype=torch.float64),
-        )
+        with self.stage.as_trained(model):
+            kept = watch.measured_once(
+                self.stage.run.path / "reference" / "held_out.safetensors",
+                self.stage.about,
+                lambda: torch.tensor([self._measure(model, model)[name] for name in names], dtype=torch.float64),
+            )
         return dict(zip(names, kept.tolist(), strict=True))
 
     def after(self, trainer: Any) -> dict[str, float]:
@@ -144,18 +144,19 @@ class HeldOut:
         assert self.prompts is not None
         config: Any = self.stage.config
         torch.manual_seed(config.run.seed + watch.rank())
-        return reinforce.answers(
-            model,
-            self.prompts,
-            self.stage.given.encoder,
-            most=config.max_answer_tokens,
-            batch=config.micro_batch_rows,
-            temperature=temperature,
-            before_each=self.stage.breathe,
-        )
+        with self.stage.autocast():
+            return reinforce.answers(
+                model,
+                self.prompts,
+                self.stage.given.encoder,
+                most=config.max_answer_tokens,
+                batch=config.micro_batch_rows,
+                temperature=temperature,
+                before_each=self.stage.breathe,
+            )
 
     def _divergence(self, model: Any, other: Any, said: Sequence[list[int]]) -> float:
         assert self.prompts is not None
         return reinforce.divergence(
-            model, other, self.prompts, said, dtype=self.stage.precision, before_each=self.stage.breathe
+            model, other, self.prompts, said, dtype=self.stage.computed_in, before_each=self.stage.breathe
         )

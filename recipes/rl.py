@@ -160,8 +160,7 @@ def train(config: Rl, this: runs.Run) -> None:
     teacher = stage.load_other(config.teacher.path) if config.teacher.path else None
     judge = None if teacher is not None else _judging.judge(config.reward.path, stage.device)
     measure = _judging.HeldOut(stage, prompts.get("validation"), judge, teacher)
-    with trainers.not_yet_spread(stage.arguments):
-        before = measure.before(model)
+    before = measure.before(model)
     counts = _judging.counts(prompts)
     stage.log_start(counts | before)
     steps, each = told["max_steps"], config.global_batch_rows // config.num_generations

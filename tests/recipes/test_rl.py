@@ -281,6 +281,31 @@ def test_trl_and_vllm_find_the_model_where_it_lies(
     assert str(told.value) == f"{folder / 'model'} {folder / 'model'}"
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["grpo", "distill"])
+def test_held_out_answers_are_drawn_in_one_arithmetic_before_and_after(
+    method: str,
+    precision: str,
+    recipe: Callable[[str], ModuleType],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, answers = recipe("rl"), reinforce.answers
+    seen: list[bool] = []
+
+    def answered(*given: Any, **more: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return answers(*given, **more)
+
+    monkeypatch.setattr(reinforce, "answers", answered)
+    more: dict[str, Any] = {"method": module.Method(method), "precision": Precision(precision), "steps": 1}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {}
+    module.run(settings(module, folder, tmp_path / "out", **more))
+    assert seen == [precision == "bfloat16"] * 3
+
+
 def test_the_likeliest_answer_does_not_depend_on_the_batch(folder: Path) -> None:
     encoder = chat.Encoder(checkpoints.load_tokenizer(folder / "model"))
     model = checkpoints.load_model(folder / "model")
