@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import _aligning
-from llamita.align import reinforce, reward_model, verifiers, watch
+from llamita.align import reinforce, reward_model, trainers, verifiers, watch
 from llamita.align.dialogues import Task
 from llamita.align.rejection import evenly
 from llamita.align.reward_model import least_where_unread
@@ -82,11 +82,12 @@ def check(tasks: Sequence[Task], reward: Path | None) -> None:
             raise ValueError(f"task {task.id}: {error}") from None
 
 
-def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
+def judge(reward: Path | None, stage: _aligning.Stage) -> reinforce.Rewarder:
     """A reward model where there is one, else the checks of the tasks."""
     if reward is None:
         return lambda tasks, answers: [verifiers.check(t.check, a) for t, a in zip(tasks, answers, strict=True)]
-    model = reward_model.RewardModel.open(reward, device=device)
+    with trainers.not_yet_spread(stage.arguments):  # transformers would spread it too, and nobody gathers it
+        model = reward_model.RewardModel.open(reward, device=stage.device)
 
     def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
         told = [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)]

@@ -158,7 +158,7 @@ def train(config: Rl, this: runs.Run) -> None:
     stage.hash_parents(model=config.model.path, **{name: path for name, path in others.items() if path})
     model = stage.load(config.model.path)
     teacher = stage.load_other(config.teacher.path) if config.teacher.path else None
-    judge = None if teacher is not None else _judging.judge(config.reward.path, stage.device)
+    judge = None if teacher is not None else _judging.judge(config.reward.path, stage)
     measure = _judging.HeldOut(stage, prompts.get("validation"), judge, teacher)
     before = measure.before(model)
     counts = _judging.counts(prompts)
