@@ -21,6 +21,7 @@ from llamita.align import reward_model
 from llamita.align.reward_trainer import with_score
 from llamita.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
 SCRIPT = REPOSITORY / "tests/align/processes/ranks.py"
 
 
@@ -34,7 +35,7 @@ def folder(recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = ":".join(str(REPOSITORY / name) for name in ("typings", "tests", "recipes"))
-    made = subprocess.run([*command, str(SCRIPT), str(folder)], env=env, capture_output=True, text=True, timeout=600)
+    made = subprocess.run([*command, str(SCRIPT), str(folder)], env=env, capture_output=True, text=True, timeout=800)
     assert made.returncode == 0, made.stdout + made.stderr
     module = recipe("dpo")
     module.run(
