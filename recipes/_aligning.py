@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from omegaconf import MISSING
 from transformers import LlamaConfig
 
 from llamita import chat, checkpoints, estimate, preflight, runs
-from llamita.align import preferences, published, trainers, watch
+from llamita.align import preferences, published, trainer_keys, trainers, watch
 from llamita.align.dialogues import DialogueData
 from llamita.align.rejection import evenly
 from llamita.distill import launch
@@ -166,7 +167,7 @@ def told_of_pairs(
     """
     steps = config.num_steps(len(rows["train"]))
     found = told(config, steps=steps, max_length=None, train_sampling_strategy="sequential", **more)
-    trainers.check_keys(kind, config.trainer, found)
+    trainer_keys.check(kind, config.trainer, found)
     return found
 
 
@@ -234,6 +235,29 @@ class Stage:
         made = checkpoints.load_model(path, dtype=self.precision, device=self.device, attn_implementation="sdpa")
         return made.train(False).requires_grad_(False)
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """To what autocast casts in layers; DeepSpeed computes in the precision that it holds the weights in."""
+        return torch.float32 if self.config.deepspeed.stage else self.precision
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a measurement of the model before training depends on, on the main process."""
+        is_cast = self.computed_in is not self.precision
+        return {"precision": str(self.precision), **({"weights": "cast"} if is_cast else {}), **self.parents}
+
+    @contextmanager
+    def as_trained(self, model: Any) -> Iterator[None]:
+        """Let a model be as the trainer will hold it, but whole on every rank: DeepSpeed casts the weights."""
+        is_cast = self.computed_in is not self.precision
+        held = trainers.weights_in(model, self.precision) if is_cast else nullcontext()
+        with trainers.not_yet_spread(self.arguments), held:
+            yield
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the training where no trainer chooses it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.computed_in is torch.bfloat16)
+
     def handed_over(self, model: Any) -> Any:
         """The model where its trainer wants it: DeepSpeed itself brings to the device what stays there."""
         return model.cpu() if self.config.deepspeed.stage else model
@@ -265,7 +289,7 @@ class Stage:
             collate,
             say,
             batch=self.config.micro_batch_rows,
-            dtype=self.precision,
+            dtype=self.computed_in,
             before_each=self.breathe,
         )
 

@@ -132,6 +132,7 @@ def measure(
     sampler: generation.Sampler = generation.TransformersSampler(model, encoder, config.sampling)
     if config.sampling.backend is generation.Backend.vllm:
         del sampler, model
+        generation.give_back()
         sampler = generation.VllmSampler(path, encoder, config.sampling, dtype=config.dtype)
     said = spread(prompts, lambda some: sampler.draw(some, samples=1, seed=config.run.seed))
     answers = {prompt.id: one for prompt, [one] in zip(prompts, said, strict=True)}
@@ -299,6 +300,7 @@ def assess(name: str, config: Any, asked: Questions, file: Path, made_from: str 
     """Measure one model; the main process keeps what was found."""
     device = PartialState().device if config.device == "auto" else torch.device(config.device)
     measures, answers, scores = measure(config.models[name].path, config, asked, device)
+    generation.give_back()  # what answered is gone; a reward model or the next one comes
     if config.reward.path is not None:
         dtype = checkpoints.dtype_named(config.dtype) if config.dtype else None
         rows = config.reward.batch_rows

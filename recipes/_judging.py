@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import _aligning
-from llamita.align import reinforce, reward_model, verifiers, watch
+from llamita.align import reinforce, reward_model, trainers, verifiers, watch
 from llamita.align.dialogues import Task
 from llamita.align.rejection import evenly
 from llamita.align.reward_model import least_where_unread
@@ -82,11 +82,12 @@ def check(tasks: Sequence[Task], reward: Path | None) -> None:
             raise ValueError(f"task {task.id}: {error}") from None
 
 
-def judge(reward: Path | None, device: torch.device) -> reinforce.Rewarder:
+def judge(reward: Path | None, stage: _aligning.Stage) -> reinforce.Rewarder:
     """A reward model where there is one, else the checks of the tasks."""
     if reward is None:
         return lambda tasks, answers: [verifiers.check(t.check, a) for t, a in zip(tasks, answers, strict=True)]
-    model = reward_model.RewardModel.open(reward, device=device)
+    with trainers.not_yet_spread(stage.arguments):  # transformers would spread it too, and nobody gathers it
+        model = reward_model.RewardModel.open(reward, device=stage.device)
 
     def score(tasks: Sequence[Task], answers: Sequence[str]) -> list[float]:
         told = [(task.prompt, answer) for task, answer in zip(tasks, answers, strict=True)]
@@ -109,13 +110,13 @@ class HeldOut:
         """Mean reward of the likeliest answers, and the divergence from a teacher; kept for later starts."""
         if self.prompts is None:
             return {}
-        about = {"precision": str(self.stage.precision), **self.stage.parents}
         names = self._names()
-        kept = watch.measured_once(
-            self.stage.run.path / "reference" / "held_out.safetensors",
-            about,
-            lambda: torch.tensor([self._measure(model, model)[name] for name in names], dtype=torch.float64),
-        )
+        with self.stage.as_trained(model):
+            kept = watch.measured_once(
+                self.stage.run.path / "reference" / "held_out.safetensors",
+                self.stage.about,
+                lambda: torch.tensor([self._measure(model, model)[name] for name in names], dtype=torch.float64),
+            )
         return dict(zip(names, kept.tolist(), strict=True))
 
     def after(self, trainer: Any) -> dict[str, float]:
@@ -144,18 +145,19 @@ class HeldOut:
         assert self.prompts is not None
         config: Any = self.stage.config
         torch.manual_seed(config.run.seed + watch.rank())
-        return reinforce.answers(
-            model,
-            self.prompts,
-            self.stage.given.encoder,
-            most=config.max_answer_tokens,
-            batch=config.micro_batch_rows,
-            temperature=temperature,
-            before_each=self.stage.breathe,
-        )
+        with self.stage.autocast():
+            return reinforce.answers(
+                model,
+                self.prompts,
+                self.stage.given.encoder,
+                most=config.max_answer_tokens,
+                batch=config.micro_batch_rows,
+                temperature=temperature,
+                before_each=self.stage.breathe,
+            )
 
     def _divergence(self, model: Any, other: Any, said: Sequence[list[int]]) -> float:
         assert self.prompts is not None
         return reinforce.divergence(
-            model, other, self.prompts, said, dtype=self.stage.precision, before_each=self.stage.breathe
+            model, other, self.prompts, said, dtype=self.stage.computed_in, before_each=self.stage.breathe
         )

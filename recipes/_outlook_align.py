@@ -261,8 +261,10 @@ def _aligned(
     lora: LoraConfig = _given(config, "lora", default=LoraConfig())
     new_head = made.hidden_size if lora.rank and is_judge and not lora.embeddings else 0
     on = "cuda" if world.hardware.is_gpu else "cpu"
+    # TRL's reference is float32 as the policy, where DeepSpeed does not cast both.
+    wide = ("reference",) if half and not stage else ()
     resident = [
-        estimate.Teacher(name=name, shape=other, bytes_per_value=2 if half else 4)
+        estimate.Teacher(name=name, shape=other, bytes_per_value=2 if half and name not in wide else 4)
         for name, other in (beside or {}).items()
     ]
     training = estimate.Training(

@@ -156,6 +156,7 @@ def score_all(config: Any, work: Work, state: PartialState, run: runs.Run) -> No
     if mine:
         judge = None
         if config.reward.path is not None:
+            generation.give_back()  # the model that answered is gone
             dtype = checkpoints.dtype_named(config.dtype) if config.dtype else None
             rows, device = config.reward.batch_rows, device_of(config.device)
             judge = RewardModel.open(config.reward.path, dtype=dtype, device=device, batch_rows=rows)

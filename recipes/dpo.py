@@ -70,7 +70,7 @@ def check(config: Dpo) -> tuple[_aligning.Given, dict[str, preferences.Rows], di
     given, rows = _aligning.open_pairs(config, held_out=config.validation_pairs)
     from trl.trainer.dpo_config import DPOConfig
 
-    ours = {"beta": config.beta, "precompute_ref_log_probs": True}
+    ours = {"beta": config.beta, "precompute_ref_log_probs": True, "pad_to_multiple_of": None}
     return given, rows, _aligning.told_of_pairs(config, DPOConfig, rows, **ours)
 
 
@@ -85,7 +85,7 @@ def train(config: Dpo, this: runs.Run) -> None:
     stage.hash_parents(model=config.model.path)
     model = preferences.with_fused_head(stage.load(config.model.path))
     collate = preferences.Collator(given.encoder.borders.pad_id, tuple(given.encoder.stop_ids))
-    with trainers.not_yet_spread(stage.arguments):
+    with stage.as_trained(model):
         reference = _reference(stage, model, rows, collate)
     before = _held_out(config, reference, reference.get("validation"))
     counts = _aligning.counts(rows)
@@ -121,11 +121,10 @@ def _reference(
     """What the model says before it is trained, by split: measured by the first start, and read by later ones."""
     found = {}
     for split, part in rows.items():
-        about = {"precision": str(stage.precision), **stage.parents}
         file = stage.run.path / "reference" / f"{split}.safetensors"
         say = preferences.log_probabilities
         measure = functools.partial(stage.say_of_pairs, model, part, collate, say)
-        found[split] = watch.measured_once(file, about, measure)
+        found[split] = watch.measured_once(file, stage.about, measure)
     return found
 
 

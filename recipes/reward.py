@@ -84,9 +84,8 @@ def train(config: Reward, this: runs.Run) -> None:
     if "validation" in rows:
         say = functools.partial(stage.say_of_pairs, model, rows["validation"], collate, preferences.rewards)
         file = this.path / "reference" / "validation.safetensors"
-        about = {"precision": str(stage.precision), **stage.parents}
-        with trainers.not_yet_spread(stage.arguments):
-            before = preferences.ahead("reward", watch.measured_once(file, about, say))
+        with stage.as_trained(model):
+            before = preferences.ahead("reward", watch.measured_once(file, stage.about, say))
     counts = _aligning.counts(rows)
     stage.log_start(counts | before)
     steps = told["max_steps"]

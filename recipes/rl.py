@@ -19,7 +19,7 @@ from typing import Any
 import _aligning
 import _judging
 from llamita import checkpoints, runs, storage
-from llamita.align import reinforce, trainers, watch
+from llamita.align import reinforce, trainer_keys, trainers, watch
 
 NAMES = {
     "reward": "rl/reward",
@@ -29,6 +29,9 @@ NAMES = {
     "completions/mean_length": "rl/answer_tokens",
     "completions/clipped_ratio": "rl/cut_answers",
 }
+
+MANY = 8
+"""Answers of a group where nothing else is told."""
 
 
 class Method(StrEnum):
@@ -55,12 +58,12 @@ class Rl(_aligning.AlignConfig):
 
     learning_rate: float = 1e-6
     method: Method = Method.grpo
-    num_generations: int = 8
-    """Answers to each prompt; ``global_batch_rows`` counts answers."""
+    num_generations: int = MANY
+    """Answers to each prompt; ``global_batch_rows`` counts answers. ``distill`` learns from each alone, and draws 1."""
     max_answer_tokens: int = 512
     """The prompt may have what is left of ``max_length``."""
     temperature: float = 1.0
-    """At which answers are drawn."""
+    """At which answers are drawn; 1 for ``distill``: TRL would soften the divergence's distributions by it too."""
     kl_weight: float | None = None
     """How dear it is to leave the model that training starts from; unset: TRL's own, 0 for grpo and 0.05 for rloo."""
     reward: OtherModel = field(default_factory=OtherModel)
@@ -72,9 +75,8 @@ class Rl(_aligning.AlignConfig):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for what cannot be meant."""
         super().__post_init__()
+        self._check_method()
         least = 1 if self.method is Method.distill else 2
-        if self.method is Method.distill:
-            self.num_generations = 1
         if self.num_generations < least or self.global_batch_rows % self.num_generations:
             raise ValueError(
                 f"num_generations must be at least {least} and divide global_batch_rows={self.global_batch_rows}, got "
@@ -90,7 +92,6 @@ class Rl(_aligning.AlignConfig):
             raise ValueError(f"kl_weight must be >= 0 and finite, got {self.kl_weight}")
         if self.validation_tasks < 0:
             raise ValueError(f"validation_tasks must be >= 0, got {self.validation_tasks}")
-        self._check_method()
 
     def _check_method(self) -> None:
         distils = self.method is Method.distill
@@ -98,6 +99,12 @@ class Rl(_aligning.AlignConfig):
             raise ValueError(f"teacher.path={self.teacher.path} and method={self.method}: distill needs it, alone")
         if distils and (self.reward.path is not None or self.kl_weight is not None):
             raise ValueError("method=distill reads no reward: leave out reward.path and kl_weight")
+        if distils and self.num_generations not in (1, MANY):
+            raise ValueError(f"num_generations must be 1 with method=distill, got {self.num_generations}")
+        if distils and self.temperature != 1:
+            raise ValueError(f"temperature must be 1 with method=distill, got {self.temperature}")
+        if distils:
+            self.num_generations = 1
 
 
 store("rl_schema", Rl)
@@ -138,7 +145,7 @@ def check(config: Rl) -> tuple[_aligning.Given, dict[str, reinforce.Prompts], di
         more |= {} if config.kl_weight is None else {"beta": config.kl_weight}
     steps = config.num_steps(len(prompts["train"]), config.num_generations)
     told = _aligning.told(config, steps=steps, **more)
-    trainers.check_keys(_judging.kind(config.method)[0], config.trainer, told)
+    trainer_keys.check(_judging.kind(config.method)[0], config.trainer, told)
     return given, prompts, told
 
 
@@ -151,16 +158,16 @@ def train(config: Rl, this: runs.Run) -> None:
     stage.hash_parents(model=config.model.path, **{name: path for name, path in others.items() if path})
     model = stage.load(config.model.path)
     teacher = stage.load_other(config.teacher.path) if config.teacher.path else None
-    judge = None if teacher is not None else _judging.judge(config.reward.path, stage.device)
+    judge = None if teacher is not None else _judging.judge(config.reward.path, stage)
     measure = _judging.HeldOut(stage, prompts.get("validation"), judge, teacher)
-    with trainers.not_yet_spread(stage.arguments):
-        before = measure.before(model)
+    before = measure.before(model)
     counts = _judging.counts(prompts)
     stage.log_start(counts | before)
     steps, each = told["max_steps"], config.global_batch_rows // config.num_generations
     order = trainers.order(len(prompts["train"]), steps * each, config.run.seed)
     tokenizer = stage.tokenizer(model)
-    model.config._name_or_path = str(config.model.path)  # where TRL finds the model to stay near to
+    # Where TRL finds the model to stay near to, and vLLM the one to draw with.
+    model.config._name_or_path = model.name_or_path = str(config.model.path)
     model.generation_config.eos_token_id = given.encoder.stop_ids
     reads = (
         {"teacher_model": teacher}

@@ -12,6 +12,7 @@ Shape letters: B = rows of a batch, S = positions, V = vocabulary, D = hidden si
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -268,6 +269,16 @@ class VllmSampler:
         outputs = self._model.generate(requests, settings, use_tqdm=False)
         answers = [answer_of(list(output.outputs[0].token_ids), self._encoder) for output in outputs]
         return [answers[first : first + samples] for first in range(0, len(answers), samples)]
+
+
+def give_back() -> None:
+    """Give the memory of models that nothing holds any more back to the accelerator, where others can have it.
+
+    PyTorch keeps what it once had for itself, and vLLM asks for a share of the whole accelerator at once.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_lengths(prompts: Sequence[Prompt], config: SamplingConfig, positions: int, owner: str) -> None:

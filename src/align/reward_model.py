@@ -121,7 +121,10 @@ class RewardModel:
         order = sorted(rows, key=lambda place: len(rows[place]))
         for first in range(0, len(order), self._batch_rows):
             places = order[first : first + self._batch_rows]
-            for place, value in zip(places, self._batch([rows[place] for place in places]), strict=True):
+            # In the model's own precision, also where somebody else's answers were just drawn in another.
+            with torch.autocast(self._model.device.type, enabled=False):
+                values = self._batch([rows[place] for place in places])
+            for place, value in zip(places, values, strict=True):
                 found[place] = value
         for name, value in zip(names, found, strict=True):
             if not math.isfinite(value) and not may_be_nan:

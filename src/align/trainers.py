@@ -1,14 +1,11 @@
 """Settings of an alignment stage, and what they are called by TRL's trainers.
 
 What this project decides has a name of its own here. Everything else that a trainer of TRL can be told passes through
-the mapping ``trainer`` as it is; a key that the trainer does not have, or that one of our settings decides, is refused
-before anything is read.
+the mapping ``trainer`` as it is, where :mod:`llamita.align.trainer_keys` lets it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib.util
 import logging
 import math
@@ -27,6 +24,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from llamita import runs
 from llamita.adapters import LoraConfig
+from llamita.align import trainer_keys
 from llamita.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -154,22 +152,6 @@ def check_installed() -> None:
         raise ValueError("this recipe needs TRL, which is not installed: pip install 'llamita[align]'")
 
 
-def check_keys(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Refuse settings of ``trainer`` that this trainer does not have, or that are decided elsewhere.
-
-    Raises:
-        ValueError: naming the first of them, and what is near it.
-    """
-    known = {f.name for f in dataclasses.fields(kind) if f.init}
-    for key in sorted(given):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"trainer.{key}={given[key]}: {kind.__name__} of TRL has no such setting{hint}")
-        if key in ours:
-            raise ValueError(f"trainer.{key}={given[key]} is decided by this recipe's own settings; remove it")
-
-
 def settings_of(
     config: TrainingConfig,
     folder: Path,
@@ -209,6 +191,7 @@ def settings_of(
         "ddp_timeout": int(runs.COLLECTIVE_TIMEOUT.total_seconds()),
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,
+        "disable_dropout": not config.lora.dropout,  # no other layer of a Llama drops anything
     }
     if deepspeed is not None:
         told |= {"deepspeed": dict(deepspeed), "accelerator_config": {"use_configured_state": True}}
@@ -241,13 +224,28 @@ def not_yet_spread(arguments: Any) -> Iterator[None]:
         set_hf_deepspeed_config(deepspeed)  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def weights_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model have its weights in ``dtype`` for a while; what they were waits in the memory of the host."""
+    kept = []
+    for parameter in model.parameters():
+        if parameter.dtype is not dtype:
+            kept.append((parameter, parameter.device, parameter.data.cpu()))
+            parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, device, data in kept:
+            parameter.data = data.to(device)
+
+
 def arguments(kind: type[Any], given: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     """TRL's own object of settings; makes the process group, so every rank must come here.
 
     Raises:
-        ValueError: as :func:`check_keys`, or TRL refuses a value.
+        ValueError: as :func:`trainer_keys.check`, or TRL refuses a value.
     """
-    check_keys(kind, given, ours)
+    trainer_keys.check(kind, given, ours)
     if "deepspeed" in ours:
         _meet_for_deepspeed()
     # TRL's and transformers' own calls of what they are about to rename.

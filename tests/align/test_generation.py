@@ -159,6 +159,15 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
         SamplingConfig(backend=generation.Backend.vllm).check()
 
 
+def test_what_no_model_holds_any_more_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("all"))
+    generation.give_back()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    generation.give_back()
+    assert given == ["all"]
+
+
 def test_vllm_gets_one_request_to_an_answer_with_its_own_seed(
     monkeypatch: pytest.MonkeyPatch, encoder: chat.Encoder, prompts: list[Prompt], folder: Path
 ) -> None:

@@ -40,6 +40,13 @@ def test_rewards_are_those_of_the_stock_model_one_by_one(folder: Path) -> None:
     assert max(expected) - min(expected) > 0.1
 
 
+def test_a_reward_does_not_depend_on_the_arithmetic_of_who_asks(folder: Path) -> None:
+    model = RewardModel.open(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.score(DIALOGUES, NAMES)
+    assert found == model.score(DIALOGUES, NAMES)
+
+
 def test_a_reward_that_is_no_number_is_named(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"][:] = torch.nan

@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 
 from conftest import tiny_model
 from llamita import checkpoints, manifests
@@ -25,19 +26,6 @@ from llamita.align import reward_trainer, trainers, watch
 class Foreign:
     learning_rate: float = 0.0
     weight_decay: float = 0.0
-    inner: int = dataclasses.field(default=0, init=False)
-
-
-def test_a_key_that_the_trainer_does_not_have_is_named_with_what_is_near_it() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.weight_deacy=1: Foreign of TRL has no such.*mean weight_decay"):
-        trainers.check_keys(Foreign, {"weight_deacy": 1}, {})
-    with pytest.raises(ValueError, match=r"trainer\.inner"):
-        trainers.check_keys(Foreign, {"inner": 1}, {})
-
-
-def test_a_key_that_our_settings_decide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.learning_rate=1 is decided by this recipe's own settings"):
-        trainers.check_keys(Foreign, {"learning_rate": 1}, {"learning_rate": 2})
 
 
 def test_settings_pass_through_as_they_are() -> None:
@@ -107,6 +95,18 @@ def test_a_reward_model_trains_its_head_beside_the_adapters(embeddings: bool) ->
     adapted: Any = peft.get_peft_model(model, trainers.adapters(lora, model))
     whole = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name}
     assert whole == {"score", "embed_tokens"} if embeddings else {"score"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_cast_for_a_while_and_are_what_they_were_again(tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with trainers.weights_in(model, torch.bfloat16):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.model.rotary_emb.inv_freq.dtype is torch.float32  # as DeepSpeed leaves it
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
 def test_without_adapters_peft_is_told_nothing() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hydra import compose, initialize_config_dir
 import assistants
 from conftest import REPOSITORY
 from llamita import chat, checkpoints, harness, runs, storage
+from llamita.align import generation
 from llamita.align.dialogues import DialogueData
 from llamita.align.reward_model import RewardModel
 from llamita.metrics import read_metrics
@@ -95,6 +97,48 @@ def test_every_model_has_every_figure_with_its_error(made: Path, inputs: dict[st
     assert done["parents"]["safety/harm"] == storage.sha256(inputs["list"])
     rows = {row["model"]: row for row in read_metrics(made)}
     assert rows["other"]["assess/loss"] == found["models"]["other"]["values"]["loss"]["value"]
+
+
+def test_a_model_gives_its_memory_back_before_vllm_or_a_reward_model_comes(
+    recipe: Callable[[str], ModuleType], inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for vLLM, which asks for a share of the whole accelerator at once."""
+    config = told(recipe, overrides(inputs, tmp_path / "out", "sampling.backend=vllm"))
+    config.models = {"base": config.models["base"]}
+    module, seen, held = sys.modules["_assessing"], [], []
+    load, give_back, open_judge = module.load, generation.give_back, RewardModel.open
+
+    def loaded(*given: Any) -> Any:
+        model = load(*given)
+        held.append(weakref.ref(model))
+        return model
+
+    def given_back() -> None:
+        give_back()
+        seen.append("given back")
+
+    def opened(*given: Any, **more: Any) -> Any:
+        seen.append("judge")
+        return open_judge(*given, **more)
+
+    class Sampler:
+        def __init__(self, path: Path, encoder: chat.Encoder, *_: Any, **__: Any) -> None:
+            assert [model() for model in held] == [None]
+            seen.append("vllm")
+            self.encoder = encoder
+
+        def draw(self, prompts: Any, **_: Any) -> Any:
+            return [
+                [generation.answer_of([prompt.ids[-1], *self.encoder.stop_ids[:1]], self.encoder)] for prompt in prompts
+            ]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__spec__=object()))
+    monkeypatch.setattr(module, "load", loaded)
+    monkeypatch.setattr(generation, "give_back", given_back)
+    monkeypatch.setattr(generation, "VllmSampler", Sampler)
+    monkeypatch.setattr(RewardModel, "open", opened)
+    recipe("assess").run(config)
+    assert seen == ["given back", "vllm", "given back", "judge"]
 
 
 def test_differences_are_paired_with_the_first_model(made: Path) -> None:

@@ -296,6 +296,32 @@ def test_adapters_end_in_a_stock_llama_of_which_only_the_projections_moved(
     assert summary["val/held_out/dpo_margin"] > 0
 
 
+def test_the_dropout_of_adapters_is_there_in_training_and_goes_on_where_it_was(
+    recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("dpo")
+    shares: set[float] = set()
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        shares.update(layer.p for layer in trainer.model.modules() if isinstance(layer, torch.nn.Dropout))
+        return train(trainer, listener)
+
+    monkeypatch.setattr(watch, "train", trained)
+    lora = LoraConfig(rank=2, dropout=0.5)
+    for name, dropout in (("none", 0.0), ("whole", 0.5), ("parts", 0.5)):
+        config = settings(module, folder, tmp_path / name, lora=dataclasses.replace(lora, dropout=dropout))
+        if name == "parts":
+            with monkeypatch.context() as patch:
+                stop_after(1, tmp_path / name, patch)
+                with pytest.raises(runs.Stopped):
+                    module.run(config)
+        module.run(config)
+    assert shares == {0.5}
+    none, whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("none", "whole", "parts"))
+    assert parts == whole != none
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_that_is_trained_moves_the_policy_and_not_its_reference(
     tied: bool, recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -211,6 +211,10 @@ def test_a_reference_is_read_once_by_dpo_and_rests_beside_the_policy_of_rl(
     forward = 2 * size * SMALL.forward_flops_per_token(512)
     assert dpo.flops["student, forward and backward"] == pytest.approx(3 * forward)
     assert rl.memory["reference"] == 2 * SMALL.num_parameters
+    judge = {"reward": {"path": Path("judge")}}
+    alone = looked("reinforcement", recipe, {**common, **judge, "kl_weight": 0.1, "deepspeed": {}}, judge=reward.makes)
+    assert alone.memory["reference"] == 4 * SMALL.num_parameters  # as the policy, which no engine casts
+    assert alone.memory["reward"] == 2 * reward.makes.num_parameters
     size = 4 * (estimate.num_text_tokens((data / "train.tasks.jsonl").stat().st_size) + 40 * 100)
     assert rl.flops["answers, forward"] == pytest.approx(2 * size * SMALL.forward_flops_per_token(size / 160 / 2))
     # One answer on each of eight processes, in bfloat16: keys and values of 16 layers of 8 heads of size 64.

@@ -147,6 +147,22 @@ def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
     assert runs.check_done(out)["summary"]["val/held_out/reward_margin"] > 0
 
 
+def test_the_dropout_of_adapters_is_there_in_training(
+    recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("reward")
+    shares: set[float] = set()
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        shares.update(layer.p for layer in trainer.model.modules() if isinstance(layer, torch.nn.Dropout))
+        return train(trainer, listener)
+
+    monkeypatch.setattr(watch, "train", trained)
+    module.run(settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=2, dropout=0.5), steps=1))
+    assert shares == {0.5}
+
+
 def test_what_cannot_be_is_said_before_anything_is_written(
     recipe: Callable[[str], ModuleType], folder: Path, finished: Path, tmp_path: Path
 ) -> None:

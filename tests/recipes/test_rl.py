@@ -90,7 +90,7 @@ def test_a_stopped_run_gives_the_bytes_of_one_that_was_not(
     module = recipe("rl")
     more: dict[str, Any] = {"method": module.Method(method)}
     if method == "distill":
-        more |= {"teacher": module.OtherModel(path=folder / "teacher"), "steps": 4}
+        more |= {"teacher": module.OtherModel(path=folder / "teacher"), "steps": 4, "num_generations": 1}
     for name in ("whole", "parts"):
         config = settings(module, folder, tmp_path / name, **more)
         if name == "parts":
@@ -128,7 +128,8 @@ def test_an_embedding_that_is_trained_leaves_the_model_without_adapters_as_it_wa
     """Which is the reference that a policy stays near to; in bfloat16 it rests beside a float32 embedding."""
     module, out = recipe("rl"), tmp_path / "out"
     more: dict[str, Any] = {"method": module.Method(method), "precision": Precision(precision), "learning_rate": 1e-2}
-    more |= {"teacher": module.OtherModel(path=folder / "teacher")} if method == "distill" else {"kl_weight": 0.1}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {"kl_weight": 0.1}
     lora = LoraConfig(rank=2, embeddings=True, targets=[Projection.v_proj])
     ids = torch.arange(12)[None]
     logits: list[torch.Tensor] = []
@@ -155,6 +156,26 @@ def test_an_embedding_that_is_trained_leaves_the_model_without_adapters_as_it_wa
         kl = [row["rl/kl"] for row in read_metrics(out) if "rl/kl" in row]
         assert kl[0] == pytest.approx(0, abs=1e-6 if precision == "float32" else 1e-2)
         assert kl[-1] > 10 * abs(kl[0])
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "distill"])
+def test_the_dropout_of_adapters_is_there_in_training(
+    method: str, recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("rl")
+    shares: set[float] = set()
+    train = watch.train
+
+    def trained(trainer: Any, listener: watch.Watch) -> dict[str, float]:
+        shares.update(layer.p for layer in trainer.model.modules() if isinstance(layer, torch.nn.Dropout))
+        return train(trainer, listener)
+
+    monkeypatch.setattr(watch, "train", trained)
+    more: dict[str, Any] = {"method": module.Method(method), "steps": 1}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {}
+    module.run(settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=2, dropout=0.5), **more))
+    assert shares == {0.5}
 
 
 def test_prompts_are_the_encoders_own(recipe: Callable[[str], ModuleType], folder: Path) -> None:
@@ -242,6 +263,49 @@ def test_the_divergence_is_that_of_dense_distributions(folder: Path) -> None:
     assert reinforce.divergence(models[0], models[0], prompts, said, dtype=torch.float32) == 0
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_trl_and_vllm_find_the_model_where_it_lies(
+    rank: int, recipe: Callable[[str], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL starts vLLM with the model's name."""
+    module = recipe("rl")
+
+    def trained(trainer: Any, listener: watch.Watch) -> None:
+        model = trainer.model
+        raise InterruptedError(f"{model.name_or_path} {model.config._name_or_path}")
+
+    monkeypatch.setattr(watch, "train", trained)
+    config = settings(module, folder, tmp_path / "out", lora=LoraConfig(rank=rank), validation_tasks=0)
+    with pytest.raises(InterruptedError) as told:
+        module.run(config)
+    assert str(told.value) == f"{folder / 'model'} {folder / 'model'}"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["grpo", "distill"])
+def test_held_out_answers_are_drawn_in_one_arithmetic_before_and_after(
+    method: str,
+    precision: str,
+    recipe: Callable[[str], ModuleType],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, answers = recipe("rl"), reinforce.answers
+    seen: list[bool] = []
+
+    def answered(*given: Any, **more: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return answers(*given, **more)
+
+    monkeypatch.setattr(reinforce, "answers", answered)
+    more: dict[str, Any] = {"method": module.Method(method), "precision": Precision(precision), "steps": 1}
+    taught = {"teacher": module.OtherModel(path=folder / "teacher"), "num_generations": 1}
+    more |= taught if method == "distill" else {}
+    module.run(settings(module, folder, tmp_path / "out", **more))
+    assert seen == [precision == "bfloat16"] * 3
+
+
 def test_the_likeliest_answer_does_not_depend_on_the_batch(folder: Path) -> None:
     encoder = chat.Encoder(checkpoints.load_tokenizer(folder / "model"))
     model = checkpoints.load_model(folder / "model")
@@ -255,6 +319,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 ) -> None:
     module, out = recipe("rl"), tmp_path / "out"
     other = module.OtherModel(path=folder / "teacher")
+    distill = {"method": module.Method.distill, "teacher": other, "num_generations": 1}
     for changes, message in (
         ({"num_generations": 3}, "num_generations must be at least 2 and divide global_batch_rows=16, got 3"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
@@ -263,7 +328,9 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"teacher": other}, "method=grpo: distill needs it, alone"),
         ({"method": module.Method.distill}, r"teacher\.path=None and method=distill"),
-        ({"method": module.Method.distill, "teacher": other, "kl_weight": 0.1}, "method=distill reads no reward"),
+        ({**distill, "kl_weight": 0.1}, "method=distill reads no reward"),
+        ({**distill, "temperature": 0.7}, "temperature must be 1 with method=distill, got 0.7"),
+        ({**distill, "num_generations": 4}, "num_generations must be 1 with method=distill, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(module, folder, out, **changes)

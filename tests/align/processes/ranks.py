@@ -10,12 +10,14 @@ from typing import Any
 from accelerate import Accelerator
 
 import dpo
+import reward
 import rl
 from llamita import runs
 from llamita.adapters import LoraConfig
 from llamita.align import verifiers, watch
 from llamita.align.dpo_trainer import PairTrainer
 from llamita.distill import launch
+from llamita.precision import Precision
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 Accelerator.end_training = lambda _: None  # the next run needs the same processes
@@ -62,21 +64,42 @@ def must_end(kind: type[Exception], name: str, stage: int, **more: Any) -> None:
         raise AssertionError(f"{name} went on")
 
 
-def reward(name: str, stage: int) -> None:
-    rows = {"global_batch_rows": 16, "micro_batch_rows": 4, "num_generations": 4, "max_answer_tokens": 6, "steps": 2}
+def reinforce(name: str, stage: int, **more: Any) -> None:
+    rows: dict[str, Any] = {
+        "global_batch_rows": 16,
+        "micro_batch_rows": 4,
+        "num_generations": 4,
+        "max_answer_tokens": 6,
+        "steps": 2,
+    }
     watch.Watch.on_step_end = listen  # type: ignore[method-assign]
-    rl.run(rl.Rl(**settings(name, stage, **rows)))
+    rl.run(rl.Rl(**settings(name, stage, **{**rows, **more})))
+
+
+def score(name: str, stage: int, **more: Any) -> None:
+    watch.Watch.on_step_end = listen  # type: ignore[method-assign]
+    rows = {"global_batch_rows": 10, "micro_batch_rows": 1, "steps": 2}
+    reward.run(reward.Reward(**settings(name, stage, **rows, **more)))
 
 
 lora: dict[str, Any] = {"lora": LoraConfig(rank=2, embeddings=True)}
+judged: dict[str, Any] = {"reward": rl.OtherModel(path=folder / "judge"), "steps": 1}
+half: dict[str, Any] = {"precision": Precision.bfloat16}
 # Those without DeepSpeed first: accelerate keeps it once it was there.
 prefer("ddp", 0)
 must_end(ValueError, "ddp_nan", 0, bad_at=3)
 prefer("lora_ddp", 0, **lora)
-reward("rl_ddp", 0)
+reinforce("rl_ddp", 0)
+reinforce("judged_ddp", 0, **judged)
 must_end(runs.Stopped, "zero2", 2, stop_at=3)
 prefer("zero2", 2)
 must_end(ValueError, "zero2_nan", 2, bad_at=3)
 must_end(runs.Stopped, "lora_zero2", 2, stop_at=3, **lora)
 prefer("lora_zero2", 2, **lora)
-reward("rl_zero3", 3)
+prefer("half_zero1_whole", 1, **half)
+must_end(runs.Stopped, "half_zero1", 1, stop_at=3, **half)
+prefer("half_zero1", 1, **half)
+score("half_reward_zero1", 1, **half)
+reinforce("half_rl_zero1", 1, **half)
+reinforce("rl_zero3", 3)
+reinforce("judged_zero3", 3, **judged)
