@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from llamita import faults
 from llamita.prune import tune
-from llamita.prune.attention import Attention, divergence
+from llamita.prune.attention import Attention, divergence_in_chunks
 from llamita.prune.basis import take, widened
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.importance import covariance
@@ -187,6 +188,9 @@ def _fit_values(fit: Fit, seen_Dd: Tensor, whole: Sequence[Tensor]) -> None:
             out[:, first : first + narrow] = fit.streams.basis.writes(out_DE.double() @ up).to(out.dtype)
 
 
+@faults.phase(
+    "the steps on attention", memory="compensation.attention_steps=0, or rows of fewer tokens in calibration.path"
+)
 def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], seed: int) -> None:
     """Queries and keys by steps on sum over heads and positions of KL(whole || cut attention)."""
     streams, plan = fit.streams, fit.streams.pruned.plan
@@ -204,16 +208,15 @@ def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], see
         mask_BS, positions_BS = streams.masks[batch], streams.positions[batch]
         with torch.no_grad():
             normed_BSD = fit.source.input_layernorm(whole[batch].to(streams.device))
-            wanted_BHSS = whole_attention.log_probabilities(normed_BSD, positions_BS)
+            wanted = whole_attention.turned(normed_BSD, positions_BS)
             normed_BSd = fit.layer.input_layernorm(cut[batch].to(streams.device))
-        total = divergence(wanted_BHSS, cut_attention.log_probabilities(normed_BSd, positions_BS), mask_BS)
-        if learn:
-            torch.autograd.backward(total)
-        return total.detach(), int(mask_BS.sum())
+        found = cut_attention.turned(normed_BSd, positions_BS)
+        return divergence_in_chunks(wanted, found, positions_BS, mask_BS, learn=learn), int(mask_BS.sum())
 
     _steps(fit, {"query": query, "key": key}, objective, fit.config.attention_steps, seed)
 
 
+@faults.phase("the steps on a layer", memory="a smaller calibration.batch_rows, or compensation.layer_steps=0")
 def fit_layer(fit: Fit, target: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
     """All weights of the layer by steps on sum_t w_t ||Q^T y_t - layer'(x'_t)||^2, y_t the stream that is wanted."""
     streams = fit.streams

@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from llamita import faults
 from llamita.prune.basis import take
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.halves import measured_gain, reading
@@ -36,6 +37,7 @@ class Final:
     """Mean KL(whole || cut) over the held-out batches' tokens, in nats: ``start``, and after each kind of steps."""
 
 
+@faults.phase("the end of mending", memory="a smaller calibration.batch_rows, or compensation.head_steps=0")
 def fit(
     streams: Streams, layer: LlamaDecoderLayer, before: Sequence[Tensor], config: CompensationConfig, *, seed: int
 ) -> Final:

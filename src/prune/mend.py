@@ -91,7 +91,7 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-@faults.phase("mending", memory="a smaller calibration.batch_rows or calibration.tokens")
+@faults.phase("mending", memory="a smaller calibration.tokens for the host, calibration.batch_rows for a GPU")
 def mend(
     pruned: Pruned,
     batches: Sequence[Batch],

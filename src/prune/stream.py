@@ -110,13 +110,6 @@ class Runner:
             attention.add_module("o_proj", out)
         return heads_BSC
 
-    def mask(self, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
-        """Which positions [B, 1, S, S] a position sees: those of its document up to itself."""
-        document_BS = (positions_BS == 0).cumsum(1)
-        same = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-        length = states_BSD.shape[1]
-        return same & torch.ones(length, length, dtype=torch.bool, device=states_BSD.device).tril()
-
     def _seen(self, states_BSD: Tensor, positions_BS: Tensor) -> dict[str, Any]:
         return {
             "attention_mask": create_causal_mask(self.config, states_BSD, None, None, positions_BS),
