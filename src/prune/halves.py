@@ -91,8 +91,8 @@ def read(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor], *
             _fit_attention(fit, whole, cut, seed)
 
 
-def write(fit: Fit, half: Half, target: Sequence[Tensor], cut: Sequence[Tensor]) -> list[Tensor]:
-    """Fit what a half writes to what ``cut``, the stream before it, lacks of ``target``; the stream behind it.
+def write(fit: Fit, half: Half, cut: list[Tensor]) -> None:
+    """Fit what a half writes to what ``cut``, the stream before it, lacks of the whole one; it becomes that behind it.
 
     W = W_0 + argmin sum_t w_t ||Q^T y_t - x'_t - W_0 z'_t - W z'_t||^2 + lambda |W|^2, y_t the whole model's stream
     behind the half and z'_t what the half computed: the ridge pulls towards the weights that were kept.
@@ -100,17 +100,16 @@ def write(fit: Fit, half: Half, target: Sequence[Tensor], cut: Sequence[Tensor])
     streams, weight_dC = fit.streams, half.weight(fit.layer, half.writer)
     if fit.config.writers:
         squares = LeastSquares(weight_dC.shape[1], weight_dC.shape[0], streams.device)
-        for batch, y_BSD, x_BSd in streams.pairs(target, cut):
+        for batch, y_BSD, x_BSd in streams.pairs(streams.whole, cut):
             mask_BS = streams.masks[batch]
             normed_BSd = half.norm_of(fit.layer)(x_BSd)
             z_TC = half.inside(streams.cut_runner, fit.layer, normed_BSd, streams.positions[batch])[mask_BS]
             lacking_Td = streams.basis.states(y_BSD[mask_BS].to(z_TC.dtype)) - x_BSd[mask_BS] - z_TC @ weight_dC.T
             squares.add(z_TC, lacking_Td, weights(y_BSD[mask_BS]))
         weight_dC += squares.solve(fit.config.ridge).to(weight_dC.dtype)
-    return [
-        half.output(streams.cut_runner, fit.layer, x_BSd.to(streams.device), streams.positions[batch]).cpu()
-        for batch, x_BSd in enumerate(cut)
-    ]
+    for batch, x_BSd in enumerate(cut):
+        x_BSd = x_BSd.to(streams.device)
+        cut[batch] = half.output(streams.cut_runner, fit.layer, x_BSd, streams.positions[batch]).cpu()
 
 
 def measured_gain(streams: Streams, whole: Sequence[Tensor], cut: Sequence[Tensor], epsilon: float) -> float:

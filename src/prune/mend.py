@@ -9,6 +9,7 @@ square map into its down-projection, the down-projection itself is fitted, which
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -121,16 +122,18 @@ def mend(
     streams = Streams.start(pruned, batches, dtype=dtype, device=device, pad_id=pad_id)
     for number in range(layers[0]):
         streams.advance_whole(number)
+    before: list[Tensor] = []
     for index, number in enumerate(layers):
         following = layers[index + 1] if index + 1 < len(layers) else pruned.plan.source.num_hidden_layers
         if config.prefix is Prefix.whole:
+            before = streams.cut = []  # let go before there are new ones
             streams.cut = streams.along(streams.whole)
         layer, before = streams.cut_layer(index), streams.cut
         if index < finished:
             _load(layer, checkpoints.read_tensors(layer_file(folder, index))[0])
             for passed in range(number, following):
                 streams.advance_whole(passed)
-            streams.cut = streams.through(layer, before)
+            streams.cut = list(streams.passing(layer, before))
         else:
             fit = Fit(streams, config, index, streams.source_layer(number), layer)
             record = _fit_layer(fit, range(number + 1, following), seed=seed)
@@ -166,38 +169,39 @@ def _finished(folder: Path, layers: int, device: torch.device | str) -> int:
 
 
 def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
-    """Fit a layer, take both streams through it, and the whole one through the ``removed`` that follow."""
+    """Fit a layer, take both streams through it, and the whole one through the ``removed`` that follow.
+
+    Beside the states that the layer reads, which the steps and the last layer need, one more copy of the cut stream's
+    exists at a time, and of the whole one's none: batches take the place of those that they were made of.
+    """
     streams, config, before = fit.streams, fit.config, fit.streams.cut
     clock = time.monotonic()
     seconds = {}
-    start = streams.through(fit.layer, before)
-    whole, cut = streams.whole, before
+    as_cut, cut = copy.deepcopy(fit.layer), list(before)
     for half in (ATTENTION, MLP):
-        halves.read(fit, half, whole, cut, seed=seed)
-        whole = [
-            half.output(streams.whole_runner, fit.source, x_BSD.to(streams.device), streams.positions[batch]).cpu()
-            for batch, x_BSD in enumerate(whole)
-        ]
+        halves.read(fit, half, streams.whole, cut, seed=seed)
+        for batch, x_BSD in enumerate(streams.whole):
+            x_BSD = x_BSD.to(streams.device)
+            streams.whole[batch] = half.output(streams.whole_runner, fit.source, x_BSD, streams.positions[batch]).cpu()
         if half is MLP:
-            streams.whole = whole
             for number in removed:
                 streams.advance_whole(number)
-        cut = halves.write(fit, half, streams.whole if half is MLP else whole, cut)
+        halves.write(fit, half, cut)
         if half is ATTENTION and config.prefix is Prefix.whole:
-            cut = streams.along(whole)
+            cut = streams.along(streams.whole)
     seconds["seconds/closed_forms"] = time.monotonic() - clock
-    errors = {"error/start": streams.error(start), "error/refit": streams.error(cut)}
+    errors = {"error/start": streams.error(streams.passing(as_cut, before)), "error/refit": streams.error(cut)}
+    del as_cut, cut
     if config.layer_steps:
         clock = time.monotonic()
         halves.fit_layer(fit, streams.whole, before, seed=seed)
         seconds["seconds/steps"] = time.monotonic() - clock
-    if config.layer_steps or streams.pruned.dtype != streams.cut_dtype:
-        # What is stored, not what was fitted, is what later layers read: also when it is read again after a kill.
-        _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
-        cut = streams.through(fit.layer, before)
+    # What is stored, not what was fitted, is what later layers read, and it is read from the layer's own input: so it
+    # is when the layer is read again after a kill.
+    _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
+    streams.cut = list(streams.passing(fit.layer, before))
     if config.layer_steps:
-        errors["error/tuned"] = streams.error(cut)
-    streams.cut = cut
+        errors["error/tuned"] = streams.error(streams.cut)
     return errors | seconds
 
 

@@ -244,10 +244,15 @@ class KilledError(Exception):
     """What ends a process between two layers."""
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "prefix", "layer_steps"),
+    [(1, Prefix.cut, 4), (2, Prefix.cut, 4), (1, Prefix.whole, 4), (2, Prefix.whole, 0)],
+)
+def test_a_killed_fit_goes_on_behind_its_last_layer(
+    layers: int, prefix: Prefix, layer_steps: int, tmp_path: Path
+) -> None:
     pruned = cut(tmp_path, TargetConfig(hidden_size=32, intermediate_size=48, keep_layers=[0, 2]))
-    steps = dataclasses.replace(CompensationConfig(), layer_steps=4, head_steps=4, tied_steps=4)
+    steps = CompensationConfig(prefix=prefix, layer_steps=layer_steps, head_steps=4, tied_steps=4)
     undisturbed = mended(pruned, steps, tmp_path / "undisturbed")
 
     def die(done: int) -> None:
@@ -264,6 +269,20 @@ def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path)
         for name, tensor in undisturbed.layer(index).items():
             assert torch.equal(resumed.layer(index)[name], tensor), name
     assert torch.equal(resumed.head(), undisturbed.head())
+
+
+@pytest.mark.parametrize("prefix", Prefix)
+def test_mending_holds_the_whole_stream_once_and_the_cut_one_twice(prefix: Prefix, tmp_path: Path) -> None:
+    """Every tensor of a run over many small batches: weights, and what one batch takes, are next to nothing."""
+    pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    many = [text(rows=8, length=40, seed=seed) for seed in range(64)]
+    steps = CompensationConfig(prefix=prefix, attention_steps=1, layer_steps=1, head_steps=1, tied_steps=1)
+    tokens = sum(batch["input_ids"].numel() for batch in many)
+    with Peak() as storages:
+        mend.mend(pruned, many, steps, tmp_path / "mended", dtype=torch.float64)
+    one = tokens * 8 * SMALL.hidden_size  # type: ignore[operator]
+    whole = tokens * 8 * 64
+    assert storages.most < whole + 3 * one
 
 
 def test_the_prefix_decides_what_a_layer_is_fitted_to_read(tmp_path: Path) -> None:
