@@ -65,6 +65,8 @@ def run(config: Prune) -> None:
     with processes(), runs.start(config.out, "prune", storage.plain(config), config.run) as run:
         if not run.done:
             cut(config, run)
+        elif runs.is_main_process():
+            tidy(config.out)
 
 
 def cut(config: Prune, run: runs.Run) -> None:
@@ -137,10 +139,15 @@ def publish(
     with checkpoints.ModelWriter(config.out, surgery.final_config(pruned, config.model.path)) as writer:
         surgery.write(result, writer)
         files = writer.publish(config.model.path, provenance)
-    for folder in (config.out / FOLDER).glob(f"{MENDED}-*"):
-        shutil.rmtree(folder)
-    files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*"))]
+    files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*")) if file.is_file()]
     run.finish(files, parents={name: digest for name, (_, digest) in parents.items()}, summary=summary)
+    tidy(config.out)
+
+
+def tidy(out: Path) -> None:
+    """Remove the mended layers, which a finished run needs no more; until then a kill would cost all of them."""
+    for folder in (out / FOLDER).glob(f"{MENDED}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 main = command("prune", Prune, run)

@@ -209,6 +209,31 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("place", ["before_done", "after_done"])
+def test_killed_at_the_end_it_mends_nothing_again(
+    place: str,
+    recipe: Callable[[str], ModuleType],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, module = tmp_path / "out", recipe("prune")
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = place
+        module.run(settings(recipe, model, data, out))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list((out / "pruning").glob("mended-*/final.safetensors"))
+    monkeypatch.setattr(mend, "_fit_layer", lambda *_, **__: pytest.fail("a layer was mended again"))
+    module.run(settings(recipe, model, data, out))
+    assert not list((out / "pruning").glob("mended-*"))
+    assert weights_of(out) == weights_of(finished)
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
+    assert files[0] == files[1]
+
+
 def test_scores_are_measured_once_and_serve_other_targets(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
