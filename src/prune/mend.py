@@ -127,7 +127,7 @@ def mend(
         following = layers[index + 1] if index + 1 < len(layers) else pruned.plan.source.num_hidden_layers
         if config.prefix is Prefix.whole:
             before = streams.cut = []  # let go before there are new ones
-            streams.cut = streams.along(streams.whole)
+            streams.cut = list(streams.along(streams.whole))
         layer, before = streams.cut_layer(index), streams.cut
         if index < finished:
             _load(layer, checkpoints.read_tensors(layer_file(folder, index))[0])
@@ -188,7 +188,8 @@ def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
                 streams.advance_whole(number)
         halves.write(fit, half, cut)
         if half is ATTENTION and config.prefix is Prefix.whole:
-            cut = streams.along(streams.whole)
+            for batch, x_BSd in enumerate(streams.along(streams.whole)):
+                cut[batch] = x_BSd
     seconds["seconds/closed_forms"] = time.monotonic() - clock
     errors = {"error/start": streams.error(streams.passing(as_cut, before)), "error/refit": streams.error(cut)}
     del as_cut, cut

@@ -99,9 +99,10 @@ class Streams:
         for batch, x_BSd in enumerate(cut):
             yield self.cut_runner.layer(layer, x_BSd.to(self.device), self.positions[batch]).cpu()
 
-    def along(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """States of the whole model along the axes that stay."""
-        return [self.basis.states(x_BSD.to(self.device, self.cut_dtype)).cpu() for x_BSD in whole]
+    def along(self, whole: Iterable[Tensor]) -> Iterator[Tensor]:
+        """States of the whole model along the axes that stay, batch by batch as they are asked for."""
+        for x_BSD in whole:
+            yield self.basis.states(x_BSD.to(self.device, self.cut_dtype)).cpu()
 
     def error(self, cut: Iterable[Tensor]) -> float:
         """Sum of w_t |Q^T x_t - x'_t|^2 over that of w_t |Q^T x_t|^2, with the weights of :func:`weights`."""
