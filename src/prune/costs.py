@@ -14,6 +14,8 @@ from llamita.shapes import LlamaShape
 
 HELD_OUT = 8
 """One batch in so many decides whether steps are kept: it is run forward before and after them."""
+ATTENTION_TENSORS = 6
+"""Of the size of all heads' attention where it is one chunk: ``attention.CHUNK_TENSORS``, without torch."""
 LOGIT_TENSORS = 5
 """Of a chunk's size in the divergence behind the last layer: both logarithms, their gap, two gradients."""
 
@@ -213,7 +215,9 @@ def _mending(run: Pruning) -> list[Pass]:
 
 def _attention_chunk(run: Pruning) -> int:
     heads = run.target.num_attention_heads
-    return min(run.attention_chunk_bytes, 6 * run.wide_bytes * heads * run.batch_tokens * run.row_tokens)
+    return min(
+        run.attention_chunk_bytes, ATTENTION_TENSORS * run.wide_bytes * heads * run.batch_tokens * run.row_tokens
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from calibration import saved, text
 from conftest import tiny_model
 from llamita import checkpoints, estimate
 from llamita.estimate import Arithmetic
-from llamita.prune import attention, costs, gradients, head, importance, mend, plan, surgery
+from llamita.prune import attention, costs, gradients, head, importance, mend, plan, surgery, tune
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.costs import Pruning
 from llamita.prune.ranking import ScoreConfig
@@ -129,6 +129,10 @@ def test_attention_is_counted_where_heads_narrow() -> None:
     assert "mending, attention steps" not in costs.operations(
         pruning(target=LLAMA_3B, mended=True, attention_steps=200)
     )
+
+
+def test_constants_that_are_said_twice_are_the_same() -> None:
+    assert (costs.ATTENTION_TENSORS, costs.HELD_OUT) == (attention.CHUNK_TENSORS, tune.HELD_OUT)
 
 
 def test_the_largest_pass_is_the_peak_of_each_side() -> None:
