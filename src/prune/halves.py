@@ -6,8 +6,10 @@ C = what a half computes inside: heads' outputs or MLP units, E = head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,23 +74,47 @@ class Fit:
     index: int
     source: LlamaDecoderLayer
     layer: LlamaDecoderLayer
+    record: dict[str, float] = field(default_factory=dict)
+    """What each part took (``seconds/...``) and leaves of the squared error or divergence that it fits (``left/...``),
+    of least squares that of both halves."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the seconds of a part of the fit, both halves together."""
+        started = time.monotonic()
+        yield
+        if torch.device(self.streams.device).type == "cuda":  # what is queued there is not done yet
+            torch.cuda.synchronize(self.streams.device)
+        key = f"seconds/{name}"
+        self.record[key] = self.record.get(key, 0.0) + time.monotonic() - started
+
+    def leaves(self, name: str, share: float) -> None:
+        """Note a share of one half; of both the mean."""
+        key = f"left/{name}"
+        self.record[key] = (self.record[key] + share) / 2 if key in self.record else share
 
 
 def read(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
     """Fit what a half does with what it reads, from states before it."""
     source, norm, streams = half.norm_of(fit.source), half.norm_of(fit.layer), fit.streams
     if fit.config.gains:
-        start_d = streams.basis.gain(source.weight)
-        norm.weight.copy_(widened(start_d) * measured_gain(streams, whole, cut, source.variance_epsilon))
+        with fit.part("gains"):
+            start_d = streams.basis.gain(source.weight)
+            norm.weight.copy_(widened(start_d) * measured_gain(streams, whole, cut, source.variance_epsilon))
     seen_Dd = streams.basis.embed(source.weight.to(streams.cut_dtype))
     if fit.config.readers:
-        seen_Dd = reading(streams, whole, cut, source, norm, fit.config.ridge)
-        _fold(fit, half, seen_Dd)
+        with fit.part("readers"):
+            seen_Dd, left = reading(streams, whole, cut, source, norm, fit.config.ridge)
+            _fold(fit, half, seen_Dd)
+        fit.leaves("readers", left)
     if half is ATTENTION and _narrows(fit):
         if fit.config.values:
-            _fit_values(fit, seen_Dd, whole)
+            with fit.part("values"):
+                _fit_values(fit, seen_Dd, whole)
         if fit.config.attention_steps:
-            _fit_attention(fit, whole, cut, seed)
+            with fit.part("attention_steps"):
+                tuned = _fit_attention(fit, whole, cut, seed)
+            fit.leaves("attention_steps", min(tuned.before, tuned.after) / tuned.before if tuned.before else 1.0)
 
 
 def write(fit: Fit, half: Half, cut: list[Tensor]) -> None:
@@ -97,19 +123,28 @@ def write(fit: Fit, half: Half, cut: list[Tensor]) -> None:
     W = W_0 + argmin sum_t w_t ||Q^T y_t - x'_t - W_0 z'_t - W z'_t||^2 + lambda |W|^2, y_t the whole model's stream
     behind the half and z'_t what the half computed: the ridge pulls towards the weights that were kept.
     """
-    streams, weight_dC = fit.streams, half.weight(fit.layer, half.writer)
+    streams = fit.streams
     if fit.config.writers:
-        squares = LeastSquares(weight_dC.shape[1], weight_dC.shape[0], streams.device)
-        for batch, y_BSD, x_BSd in streams.pairs(streams.whole, cut):
-            mask_BS = streams.masks[batch]
-            normed_BSd = half.norm_of(fit.layer)(x_BSd)
-            z_TC = half.inside(streams.cut_runner, fit.layer, normed_BSd, streams.positions[batch])[mask_BS]
-            lacking_Td = streams.basis.states(y_BSD[mask_BS].to(z_TC.dtype)) - x_BSd[mask_BS] - z_TC @ weight_dC.T
-            squares.add(z_TC, lacking_Td, weights(y_BSD[mask_BS]))
-        weight_dC += squares.solve(fit.config.ridge).to(weight_dC.dtype)
+        with fit.part("writers"):
+            left = _fit_writer(fit, half, cut)
+        fit.leaves("writers", left)
     for batch, x_BSd in enumerate(cut):
         x_BSd = x_BSd.to(streams.device)
         cut[batch] = half.output(streams.cut_runner, fit.layer, x_BSd, streams.positions[batch]).cpu()
+
+
+def _fit_writer(fit: Fit, half: Half, cut: Sequence[Tensor]) -> float:
+    """Share of the squared error that is left."""
+    streams, weight_dC = fit.streams, half.weight(fit.layer, half.writer)
+    squares = LeastSquares(weight_dC.shape[1], weight_dC.shape[0], streams.device)
+    for batch, y_BSD, x_BSd in streams.pairs(streams.whole, cut):
+        mask_BS = streams.masks[batch]
+        normed_BSd = half.norm_of(fit.layer)(x_BSd)
+        z_TC = half.inside(streams.cut_runner, fit.layer, normed_BSd, streams.positions[batch])[mask_BS]
+        lacking_Td = streams.basis.states(y_BSD[mask_BS].to(z_TC.dtype)) - x_BSd[mask_BS] - z_TC @ weight_dC.T
+        squares.add(z_TC, lacking_Td, weights(y_BSD[mask_BS]))
+    weight_dC += squares.solve(fit.config.ridge).to(weight_dC.dtype)
+    return squares.left
 
 
 def measured_gain(streams: Streams, whole: Sequence[Tensor], cut: Sequence[Tensor], epsilon: float) -> float:
@@ -130,8 +165,9 @@ def reading(
     source: LlamaRMSNorm,
     norm: LlamaRMSNorm,
     ridge: float,
-) -> Tensor:
-    """M [D, d], by which the cut norm's output n' says best what the whole one's n is.
+) -> tuple[Tensor, float]:
+    """M [D, d], by which the cut norm's output n' says best what the whole one's n is, and what share of the squared
+    error of M_0 it leaves.
 
     M = M_0 + argmin sum_t ||n_t - M_0 n'_t - M n'_t||^2 + lambda |M|^2, with M_0 n' = n where nothing was lost. A
     matrix W that read n reads W M n': the least-squares fit of all that read n at once.
@@ -142,7 +178,7 @@ def reading(
         mask_BS = streams.masks[batch]
         n_TD, n_Td = source(x_BSD[mask_BS]).to(seen_Dd.dtype), norm(x_BSd[mask_BS])
         squares.add(n_Td, n_TD - n_Td @ seen_Dd.T)
-    return seen_Dd + squares.solve(ridge).to(seen_Dd.dtype)
+    return seen_Dd + squares.solve(ridge).to(seen_Dd.dtype), squares.left
 
 
 def _fold(fit: Fit, half: Half, seen_Dd: Tensor) -> None:
@@ -190,7 +226,7 @@ def _fit_values(fit: Fit, seen_Dd: Tensor, whole: Sequence[Tensor]) -> None:
 @faults.phase(
     "the steps on attention", memory="compensation.attention_steps=0, or rows of fewer tokens in calibration.path"
 )
-def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], seed: int) -> None:
+def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], seed: int) -> tune.Tuned:
     """Queries and keys by steps on sum over heads and positions of KL(whole || cut attention)."""
     streams, plan = fit.streams, fit.streams.pruned.plan
     wide = plan.source.head_dim
@@ -212,7 +248,7 @@ def _fit_attention(fit: Fit, whole: Sequence[Tensor], cut: Sequence[Tensor], see
         found = cut_attention.turned(normed_BSd, positions_BS)
         return divergence_in_chunks(wanted, found, positions_BS, mask_BS, learn=learn), int(mask_BS.sum())
 
-    _steps(fit, {"query": query, "key": key}, objective, fit.config.attention_steps, seed)
+    return _steps(fit, {"query": query, "key": key}, objective, fit.config.attention_steps, seed)
 
 
 @faults.phase("the steps on a layer", memory="a smaller calibration.batch_rows, or compensation.layer_steps=0")
@@ -232,8 +268,8 @@ def fit_layer(fit: Fit, target: Sequence[Tensor], cut: Sequence[Tensor], *, seed
     _steps(fit, dict(fit.layer.named_parameters()), objective, fit.config.layer_steps, seed)
 
 
-def _steps(fit: Fit, parameters: dict[str, Tensor], objective: tune.Objective, steps: int, seed: int) -> None:
-    tune.tune(
+def _steps(fit: Fit, parameters: dict[str, Tensor], objective: tune.Objective, steps: int, seed: int) -> tune.Tuned:
+    return tune.tune(
         parameters,
         objective,
         batches=len(fit.streams.cut),

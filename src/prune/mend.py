@@ -81,10 +81,14 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
     """What was measured at each layer, and behind the last, while it was fitted.
 
     ``error/...`` is the squared error of the stream behind the layer relative to its square: of the layer ``start`` as
-    the plan makes it, after the closed forms (``refit``) and after the steps (``tuned``), each from the same input.
-    ``seconds/...`` is what reading and writing, and the steps, took. Behind the last layer ``divergence/...`` is KL to
-    the whole model's next-token distributions in nats per held-out token: at the ``start`` of the steps there, after
-    those of the last layer, norm and ``head``, and after those of a ``tied`` matrix.
+    the plan makes it, with both halves fitted (``refit``) and after the steps (``tuned``), each from the same input.
+    ``left/...`` is the share of its own squared error that least squares of the ``readers`` and of the ``writers``
+    leaves, mean of both halves, and of the divergence of attention on the held-out batches after ``attention_steps``.
+    ``seconds/...`` is what each part took: ``gains``, ``readers``, ``values``, ``attention_steps``, ``writers``, the
+    ``steps`` of the whole layer, and ``passes``, everything else, most of it running both streams. Behind the last
+    layer ``divergence/...`` is KL to the whole model's next-token distributions in nats per held-out token: at the
+    ``start`` of the steps there, after those of the last layer, norm and ``head``, and after those of a ``tied``
+    matrix; ``seconds/...`` is what these two took.
     """
     files = [*(layer_file(folder, index) for index in range(layers)), folder / FINAL]
     found: list[dict[str, float]] = [json.loads(checkpoints.read_tensors(file)[1]["record"]) for file in files]
@@ -175,8 +179,7 @@ def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
     exists at a time, and of the whole one's none: batches take the place of those that they were made of.
     """
     streams, config, before = fit.streams, fit.config, fit.streams.cut
-    clock = time.monotonic()
-    seconds = {}
+    started = time.monotonic()
     as_cut, cut = copy.deepcopy(fit.layer), list(before)
     for half in (ATTENTION, MLP):
         halves.read(fit, half, streams.whole, cut, seed=seed)
@@ -190,20 +193,19 @@ def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
         if half is ATTENTION and config.prefix is Prefix.whole:
             for batch, x_BSd in enumerate(streams.along(streams.whole)):
                 cut[batch] = x_BSd
-    seconds["seconds/closed_forms"] = time.monotonic() - clock
     errors = {"error/start": streams.error(streams.passing(as_cut, before)), "error/refit": streams.error(cut)}
     del as_cut, cut
     if config.layer_steps:
-        clock = time.monotonic()
-        halves.fit_layer(fit, streams.whole, before, seed=seed)
-        seconds["seconds/steps"] = time.monotonic() - clock
+        with fit.part("steps"):
+            halves.fit_layer(fit, streams.whole, before, seed=seed)
     # What is stored, not what was fitted, is what later layers read, and it is read from the layer's own input: so it
     # is when the layer is read again after a kill.
     _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
     streams.cut = list(streams.passing(fit.layer, before))
     if config.layer_steps:
         errors["error/tuned"] = streams.error(streams.cut)
-    return errors | seconds
+    parts = sum(value for name, value in fit.record.items() if name.startswith("seconds/"))
+    return errors | fit.record | {"seconds/passes": time.monotonic() - started - parts}
 
 
 def _load(layer: LlamaDecoderLayer, tensors: dict[str, Tensor]) -> None:

@@ -117,6 +117,17 @@ def test_every_part_brings_each_layer_closer_to_what_the_whole_one_wrote(tmp_pat
         assert record["error/tuned"] < record["error/refit"] < record["error/start"]
 
 
+def test_each_part_says_what_it_took_and_what_it_leaves(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    steps = CompensationConfig(attention_steps=30, layer_steps=2, head_steps=0, tied_steps=0)
+    mend.mend(pruned, [text(rows=8, length=40)] * 4, steps, tmp_path / "mended", dtype=torch.float64)
+    parts = {"gains", "readers", "values", "attention_steps", "writers", "steps", "passes"}
+    for record in mend.records(tmp_path / "mended", 2)[:-1]:
+        assert {name for name in record if name.startswith("seconds/")} == {f"seconds/{part}" for part in parts}
+        assert all(record[f"seconds/{part}"] >= 0 for part in parts)
+        assert all(0 < record[f"left/{part}"] < 1 for part in ("readers", "attention_steps", "writers"))
+
+
 @pytest.mark.parametrize("readers", [True, False])
 @pytest.mark.parametrize(
     "target", [TargetConfig(intermediate_size=48), TargetConfig(num_hidden_layers=2), SMALL], ids=str
