@@ -69,9 +69,9 @@ class Removals:
     """Called behind each layer."""
 
     def at_once(self, model: Model, batches: Sequence[Batch]) -> int:
-        """How many models go side by side beside the whole one."""
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        size = tokens * model.shape.hidden_size * self.dtype.itemsize
+        """How many models go side by side beside the whole one: in all processes what that of most text can hold."""
+        tokens = stream.greatest(sum(batch["input_ids"].numel() for batch in batches))
+        size = max(1, tokens) * model.shape.hidden_size * self.dtype.itemsize
         return max(2, int(self.memory_gib * 2**30 / size) - 1)
 
 

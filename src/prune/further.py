@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamita.prune import depth, gradients
+from llamita.prune import depth, gradients, stream
 from llamita.prune.stream import Batch, Model
 
 
@@ -54,12 +54,16 @@ class Further:
 
 
 def first_rows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """The rows from the first on that together hold at most ``tokens``, padding included; one at least."""
-    rows: list[Batch] = []
-    for batch in batches:
-        count, length = batch["input_ids"].shape
-        keep = min(count, max(tokens // length, 0 if rows else 1))
-        if keep:
+    """The rows from the first on that together hold at most ``tokens``, padding included; one at least.
+
+    Where batches are dealt to several processes in turn, the rows are counted in the order of all, and each process
+    gets those of its own batches: the text is the same for any number of processes, and a process may have none of it.
+    """
+    rest, rows, least = iter(batches), list[Batch](), 1
+    for is_mine, count, length in stream.dealt(batches):
+        keep = min(count, max(tokens // length, least))
+        tokens, least = tokens - keep * length, 0
+        batch = next(rest) if is_mine else {}
+        if batch and keep:
             rows.append({name: tensor[:keep] for name, tensor in batch.items()})
-        tokens -= keep * length
     return rows

@@ -30,12 +30,14 @@ class ScoreConfig:
     removed_layers: int | None = None
     """How many layers the scores ``greedy`` and ``contiguous`` can remove; unset: as many as the target does."""
     gradient_tokens: int = 32768
-    """Of the calibration text, for ``taylor_unit`` and ``taylor_element``: a pass forward and one backward."""
+    """The first of the calibration text, for ``taylor_unit`` and ``taylor_element``: a pass forward and one
+    backward."""
     depth_tokens: int = 16384
-    """Of the calibration text, for ``greedy`` and ``contiguous``: half a pass for each layer that could leave, each
-    time that one does."""
+    """The first of the calibration text, for ``greedy`` and ``contiguous``: half a pass for each layer that could
+    leave, each time that one does."""
     depth_gib: float = 4.0
-    """Host memory for the hidden states of the models that ``greedy`` and ``contiguous`` compare side by side."""
+    """Host memory of each process for the hidden states of the models that ``greedy`` and ``contiguous`` compare side
+    by side."""
     spill_path: Path | None = None
     """An existing folder on a fast disk, where the inputs of all layers lie while gradients are measured; unset: they
     are held in memory, ``gradient_tokens`` times the hidden size for each layer."""

@@ -39,6 +39,30 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def greatest(number: int) -> int:
+    """The greatest of the processes' numbers."""
+    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        return number
+    found = torch.tensor(number)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def dealt(batches: Sequence[Batch]) -> list[tuple[bool, int, int]]:
+    """Of every batch of all processes whether it is this one's, its rows and their length, in the order of all.
+
+    Batches are dealt to the processes in turn: the first of each process, then the second of each, and so on.
+    """
+    rank, world_size = 0, 1
+    if distributed.is_initialized():
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    sizes = torch.zeros(greatest(len(batches)), world_size, 2, dtype=torch.long)
+    for turn, batch in enumerate(batches):
+        sizes[turn, rank] = torch.tensor(batch["input_ids"].shape)
+    turns = summed(sizes).tolist()
+    return [(owner == rank, *size) for turn in turns for owner, size in enumerate(turn) if size[0]]
+
+
 class Model(Protocol):
     """Weights that are read layer by layer: a directory's, or what a plan makes of them."""
 
@@ -198,8 +222,10 @@ def loss_sum(
 ) -> tuple[float, int]:
     """Sum of the cross entropy over labels, and their number; logits of a slice of the vocabulary at a time.
 
-    What the head reads stays on the CPU, and is on ``device`` one batch at a time.
+    What the head reads stays on the CPU, and is on ``device`` one batch at a time. Nothing, of no batches.
     """
+    if not hidden:
+        return 0.0, 0
     dtype = hidden[0].dtype
     norm, head = final_norm(model, dtype, device), model.head()
     labels = [batch["labels"][:, 1:] for batch in batches]
