@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,8 +89,11 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     rows, rank, world_size = min(config.tokens // columns, len(split)), *process()
     if rows * columns < config.tokens:
         log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
-    if rows < world_size:
-        raise ValueError(f"calibration.tokens={config.tokens} are {rows} rows, too few for {world_size} processes")
+    if (number := math.ceil(rows / config.batch_rows)) < world_size:
+        raise ValueError(
+            f"calibration.tokens={config.tokens} are {rows} rows, of which calibration.batch_rows={config.batch_rows} "
+            f"makes {number} batches: too few for {world_size} processes, each of which needs one"
+        )
     batches = loader.Sequential(split, batch_rows=config.batch_rows, max_rows=rows, rank=rank, world_size=world_size)
     text = [{name: tensor[:, :columns] for name, tensor in batch.items()} for batch in batches]
     return list[stream.Batch](text), {"calibration": (config.path, data.content_hash)}

@@ -324,6 +324,23 @@ def test_calibration_uses_as_many_tokens_as_asked(
         assert rows in (None, sum(len(batch["input_ids"]) for batch in batches))
 
 
+def test_a_batch_for_each_process_or_none_starts(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are dealt, not rows: eight rows in batches of two are enough for four processes and not for five."""
+    module, weights = recipe("prune"), checkpoints.Weights(model)
+    config = module.CalibrationConfig(path=data, tokens=512, batch_rows=2)
+    for world_size in (4, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", str(world_size - 1))
+        if world_size == 4:
+            assert [len(batch["input_ids"]) for batch in module.calibration(config, weights)[0]] == [2]
+            continue
+        said = r"tokens=512 are 8 rows, of which calibration\.batch_rows=2 makes 4 batches: too few for 5 processes"
+        with pytest.raises(ValueError, match=said):
+            module.calibration(config, weights)
+
+
 def truncate(path: Path) -> None:
     with (path / "model.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 100)
