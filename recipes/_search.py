@@ -156,7 +156,7 @@ def write(
     candidate: AbstractContextManager[stream.Model], out: Path, source: Path, provenance: Mapping[str, Any]
 ) -> None:
     """Publish a candidate as a model directory, layer by layer; one that is there stays."""
-    if (out / checkpoints.PROVENANCE).is_file():
+    if (out / "config.json").is_file():  # the last file that is published
         return
     with candidate as model, checkpoints.ModelWriter(out, model.config) as writer:
         surgery.write(model, writer)

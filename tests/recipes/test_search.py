@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -161,6 +162,30 @@ def test_killed_anywhere_it_goes_on_without_doing_anything_twice(
     for kind, number in (("loss", 4), ("recovered", 2)):
         named = [row["candidate"] for row in read_metrics(out) if f"search/{kind}" in row]
         assert len(named) == len(set(named)) == number
+
+
+@pytest.mark.parametrize("renamed", [1, 2, 4])
+def test_a_student_of_which_some_files_have_their_names_is_published_anew(
+    renamed: int, recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path
+) -> None:
+    recipe("search")
+    weights, kinds = checkpoints.Weights(model), ScoreConfig()
+    write, out = sys.modules["_search"].write, tmp_path / "student"
+
+    def publish() -> None:
+        kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 1]), kinds)
+        write(contextlib.nullcontext(surgery.Pruned(weights, kept)), out, model, {})
+
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = f"mid_rename:{renamed}"
+        publish()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    publish()
+    assert checkpoints.Weights(out).shape.num_hidden_layers == 2
+    made = (out / "config.json").stat().st_mtime_ns
+    publish()
+    assert (out / "config.json").stat().st_mtime_ns == made
 
 
 def test_a_stop_is_obeyed_between_candidates_and_ends_with_75(
