@@ -31,7 +31,7 @@ from llamita import checkpoints, checks, runs, storage
 from llamita.prune import mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, check_kind, target_shape
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def run(config: Prune) -> None:
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
         checks.refuse(checks.device_here("calibration.device", config.calibration.device))
         model = checkpoints.Weights(config.model.path)
+        check_kind(model.config)
         shape, rope = target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)

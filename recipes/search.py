@@ -24,7 +24,7 @@ from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, check_kind, target_shape
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Laboratory:
 def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     """The shapes of the grid within the budget, latency apart; finds every mistake before anything is written."""
     checks.refuse(checks.device_here("calibration.device", config.calibration.device))
+    check_kind(weights.config)
     source, rope = weights.shape, checkpoints.rope_type(weights.config)
     found = search.within(source, search.shapes(source, config.axes, config.target), config.budget)
     text = config.scores.have_text(calibrated=True)

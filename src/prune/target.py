@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from transformers import LlamaConfig
+
+from llamita import checkpoints
 from llamita.shapes import SIZES, LlamaShape, SizesConfig
 
 
@@ -64,6 +67,15 @@ class TargetConfig(SizesConfig):
                 raise ValueError(f"target.output_rows must hold each token id once, got {self.output_rows}")
         if self.keep_layers is not None and sorted(set(self.keep_layers)) != self.keep_layers:
             raise ValueError(f"target.keep_layers must rise without repeats, got {self.keep_layers}")
+
+
+def check_kind(config: LlamaConfig) -> None:
+    """Raise ``ValueError`` for a reward model: it has no output matrix to cut, and would lose what it has instead."""
+    if checkpoints.is_reward_model(config):
+        raise ValueError(
+            "model.path is a reward model, which gives one number for a dialogue: prune a language model, and train "
+            "the rewards on what comes out"
+        )
 
 
 def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:

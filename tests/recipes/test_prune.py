@@ -369,6 +369,14 @@ def shorten(path: Path) -> None:
     storage.write_json(path / "config.json", config | {"max_position_embeddings": 32})
 
 
+def give_rewards(path: Path) -> None:
+    tensors, config = load_file(path / "model.safetensors"), storage.read_json(path / "config.json")
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    rewards = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    storage.write_json(path / "config.json", config | rewards)
+
+
 def lose_the_weights(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
@@ -377,6 +385,7 @@ BAD: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = {
     "truncated shard": (truncate, (), "cut short"),
     "missing tensor": (lose_a_tensor, (), "model.layers.1.mlp.up_proj.weight"),
     "no weights": (lose_the_weights, (), "model.safetensors"),
+    "rewards": (give_rewards, (), "model.path is a reward model, which gives one number for a dialogue"),
     "target too large": (None, ("target=llama3.2_1b",), "target.num_hidden_layers must be at most the source's 3"),
     "heads do not divide": (None, ("target.num_attention_heads=3",), "nearest are 2 and 4"),
     "unknown key": (None, ("target.hiden_size=32",), "hiden_size"),

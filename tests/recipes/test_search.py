@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 import invented
 import pruning_methods
@@ -249,6 +251,24 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown key": (("budget.paramters=1",), "paramters"),
     "no such model": (("model.path=/nowhere",), "/nowhere"),
 }
+
+
+def test_a_reward_model_is_refused(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
+) -> None:
+    module, main, path = recipe("search"), sys.modules["_main"], tmp_path / "rewards"
+    shutil.copytree(model, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    rewards = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    storage.write_json(path / "config.json", storage.read_json(path / "config.json") | rewards)
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        words = [f"model.path={path}", f"calibration.path={data}", *LINE, f"out={tmp_path / 'out'}"]
+        config = main.settings(compose("search", words), module.Search)
+    with pytest.raises(ValueError, match=r"model\.path is a reward model, which gives one number for a dialogue"):
+        module.run(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mistake", BAD)
