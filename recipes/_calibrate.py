@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from llamita.prune import importance, stream
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import FILE, Scores
 from llamita.prune.target import TargetConfig
+from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +159,12 @@ def score(
     text: list[stream.Batch],
     parents: Parents,
     run: runs.Run,
+    shapes: Sequence[LlamaShape] = (),
 ) -> Scores:
-    """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones."""
+    """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones.
+
+    New ones are those that ``shapes`` need; of none, that of ``target``.
+    """
     info: dict[str, Any] = {name: parents[name][1] for name in ("model", "calibration") if name in parents}
     if scores.path is not None:
         found = Scores.load(scores.path)
@@ -179,7 +184,7 @@ def score(
         with watched("calibrate", weights.shape.num_hidden_layers, run) as watch:
             passes = how(calibrated, weights) | {"second_order": scores.second_order}
             log.info("scoring in %s on %s", passes["dtype"], passes["device"])
-            passes["further"] = scores.further(weights.shape, target)
+            passes["further"] = scores.further(weights.shape, target, shapes)
             passes |= {"pad_id": pad_id(calibrated), "info": info, "partial": partial}
             measured = importance.measure(weights, text, watch=watch, **passes)
     else:

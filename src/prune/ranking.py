@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +73,17 @@ class ScoreConfig:
             )
         return removed
 
-    def further(self, source: LlamaShape, target: TargetConfig) -> Further:
+    def further(self, source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape] = ()) -> Further:
         """The scores to measure that cost passes of their own: those of the axes that are cut, or all.
+
+        ``shapes`` are those that the scores are to serve, all of what ``target`` says beside sizes; none: its own.
 
         Raises:
             ValueError: as :func:`target_shape` and :meth:`removed`.
         """
-        shape = target_shape(source, target)
-        cut, removed = _cut(source, shape, target), self.removed(source, shape)
+        shapes = shapes or [target_shape(source, target)]
+        cut = _cut_by_any(source, target, shapes)
+        removed = self.removed(source, min(shapes, key=lambda shape: shape.num_hidden_layers))
         layers = self.layers if "layers" in cut else None
         return Further(
             by_gradient=self.all or any(getattr(self, a).by_gradient for a in ("mlp", "attention") if a in cut),
@@ -177,6 +181,11 @@ def _cut(source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> list[st
         "layers": ("num_hidden_layers",) if target.keep_layers is None else (),
     }
     return [axis for axis, names in sizes.items() if any(getattr(shape, n) != getattr(source, n) for n in names)]
+
+
+def _cut_by_any(source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape]) -> set[str]:
+    """The axes that any of the shapes cuts; of none, that of ``target``."""
+    return {axis for shape in shapes or [target_shape(source, target)] for axis in _cut(source, shape, target)}
 
 
 def leaving(scores: Scores, kinds: ScoreConfig, number: int) -> Tensor:

@@ -190,6 +190,9 @@ def test_only_what_is_asked_for_is_measured(weights: checkpoints.Weights) -> Non
     }
     for found, expected in asked.items():
         assert found == expected
+    shapes = [target_shape(shape, one) for one in (two, width)]
+    both = ranked(layers=LayerScore.greedy, mlp=WidthScore.taylor_unit).further(shape, TargetConfig(), shapes)
+    assert both == Further(by_gradient=True, greedy_rounds=2)
     plain = importance.measure(weights, [text()], dtype=torch.float64, further=Further())
     assert not [name for name in plain.tensors if "taylor" in name or "greedy" in name or "contiguous" in name]
 

@@ -228,6 +228,29 @@ def test_latency_is_measured_where_it_is_a_budget(
     assert all(0 < candidate.costs["latency_ms"] < 10_000 for candidate in search.load(tmp_path / "out"))
 
 
+def test_sizes_that_only_fit_each_other_are_searched(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path
+) -> None:
+    """Six heads do not divide the source's hidden size of 64, but both smaller ones: nothing else is ever asked for."""
+    (tmp_path / "model").mkdir()
+    checkpoints.copy_tokenizer(data / "tokenizer", tmp_path / "model")
+    llama = tiny_model(vocab_size=640, pad_token_id=None, num_attention_heads=8, num_hidden_layers=4)
+    checkpoints.save_model(llama, tmp_path / "model", source=None, provenance={})
+    module, main = recipe("search"), sys.modules["_main"]
+    words = [f"model.path={tmp_path / 'model'}", f"calibration.path={data}", *LINE[:3], *CLOSED]
+    words += ["budget.slack=0.9", "axes.num_attention_heads.values=[6]", "axes.num_key_value_heads.values=[2]"]
+    words += ["axes.hidden_size.values=[48,60]", "axes.num_hidden_layers.values=[2,3]", "distill.best=0"]
+    words += ["axes.head_dim.values=[16]", "axes.intermediate_size.values=[96]", "budget.kv_bytes_per_token=400"]
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        config = main.settings(compose("search", [*words, f"out={tmp_path / 'out'}"]), module.Search)
+    module.run(config)
+    scores = Scores.load(tmp_path / "out")
+    assert len(scores["depth.greedy"]) == 2
+    assert {"heads.obs", "groups.obs"} <= scores.tensors.keys()
+    found = search.load(tmp_path / "out")
+    assert {candidate.shape.num_attention_heads for candidate in found} == {6}
+
+
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no budget": (("budget.parameters=null",), "set at least one of budget.parameters"),
     "no such budget": (("budget.parameters=-1",), "budget.parameters must be > 0 and finite, got -1"),
