@@ -182,7 +182,8 @@ def score(
         return Scores.load(folder)
     if calibrated.path is not None:
         with watched("calibrate", weights.shape.num_hidden_layers, run) as watch:
-            passes = how(calibrated, weights) | {"second_order": scores.second_order}
+            passes = how(calibrated, weights)
+            passes["second_order"] = scores.eliminates(weights.shape, target, shapes)
             log.info("scoring in %s on %s", passes["dtype"], passes["device"])
             passes["further"] = scores.further(weights.shape, target, shapes)
             passes |= {"pad_id": pad_id(calibrated), "info": info, "partial": partial}

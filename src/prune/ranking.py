@@ -55,8 +55,16 @@ class ScoreConfig:
 
     @property
     def second_order(self) -> bool:
-        """Whether an axis is ranked by the covariance of all units of a layer."""
+        """Whether an axis that is cut would be ranked by the covariance of all units of a layer."""
         return self.all or self.mlp.second_order or self.attention.second_order
+
+    def eliminates(self, source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape] = ()) -> bool:
+        """Whether an axis that is cut is ranked by the covariance of all units of a layer, or every score is measured.
+
+        ``shapes``, and what is raised: as for :meth:`further`.
+        """
+        cut = _cut_by_any(source, target, shapes)
+        return self.all or any(getattr(self, a).second_order for a in ("mlp", "attention") if a in cut)
 
     def removed(self, source: LlamaShape, shape: LlamaShape) -> int:
         """How many layers the scores must be able to remove.

@@ -19,7 +19,7 @@ from llamita import checkpoints
 from llamita.prune import depth, importance, plan, stream
 from llamita.prune.depth import Removals
 from llamita.prune.further import Further, first_rows
-from llamita.prune.ranking import check_wanted
+from llamita.prune.ranking import ScoreConfig, check_wanted
 from llamita.prune.scores import LayerScore, Scores, WidthScore
 from llamita.prune.target import TargetConfig, target_shape
 
@@ -195,6 +195,18 @@ def test_only_what_is_asked_for_is_measured(weights: checkpoints.Weights) -> Non
     assert both == Further(by_gradient=True, greedy_rounds=2)
     plain = importance.measure(weights, [text()], dtype=torch.float64, further=Further())
     assert not [name for name in plain.tensors if "taylor" in name or "greedy" in name or "contiguous" in name]
+
+
+def test_units_are_eliminated_only_on_an_axis_that_is_cut(weights: checkpoints.Weights) -> None:
+    shape, depth_only, width = weights.shape, TargetConfig(num_hidden_layers=3), TargetConfig(intermediate_size=48)
+    heads = TargetConfig(num_attention_heads=2, num_key_value_heads=2)
+    defaults, mlp = ScoreConfig(), ranked(mlp=WidthScore.leverage)
+    found = [defaults.eliminates(shape, target) for target in (depth_only, width, heads)]
+    found += [mlp.eliminates(shape, target) for target in (depth_only, width, heads)]
+    assert found == [False, True, True, False, True, False]
+    assert ranked(all=True).eliminates(shape, depth_only)
+    assert not ranked().eliminates(shape, width)
+    assert defaults.eliminates(shape, TargetConfig(), [target_shape(shape, one) for one in (depth_only, width)])
 
 
 def saved_scores(weights: checkpoints.Weights, path: Path, further: Further) -> Path:
