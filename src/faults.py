@@ -239,6 +239,7 @@ CRASH_POINTS = {
     "after_model_shard": "one file of a model is written",
     "after_shard": "one file of packed data is written",
     "mid_shard": "the entries of a cache's shard are written; its index is not",
+    "after_removal": "a greedy pass has decided which layer leaves next, and its losses are saved; there are no scores",
     "after_scores": "the scores of a model are saved; nothing is cut",
     "after_choice": "the candidates of a search are chosen; none is measured",
     "after_candidate": "one candidate of a search is measured",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llamita.prune import depth, gradients, stream
+from llamita.prune.partial import Partial
 from llamita.prune.stream import Batch, Model
 
 
@@ -33,8 +34,11 @@ class Further:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         watch: Callable[[], None] = lambda: None,
+        so_far: Partial | None = None,
     ) -> dict[str, Tensor]:
         """The tensors that :class:`llamita.prune.scores.Scores` lists as measured where asked for.
+
+        The rounds of a greedy pass are noted in ``so_far``, and those that it holds are not measured again.
 
         Raises:
             ValueError: nothing in ``batches`` has a label, more layers are to leave than the model can lose, or a loss
@@ -47,7 +51,9 @@ class Further:
         text = first_rows(batches, self.depth_tokens)
         how = depth.Removals(dtype=dtype, device=device, memory_gib=self.depth_gib, watch=watch)
         if self.greedy_rounds:
-            tensors["layers.greedy"], tensors["depth.greedy"] = depth.greedy(model, text, self.greedy_rounds, how)
+            rounds = {} if so_far is None else so_far.rounds_on(stream.digest(text))
+            rank_L, table_RL = depth.greedy(model, text, self.greedy_rounds, how, **rounds)
+            tensors |= {"layers.greedy": rank_L, "depth.greedy": table_RL}
         if self.longest_block:
             tensors["depth.contiguous"] = depth.contiguous(model, text, self.longest_block, how)
         return tensors

@@ -115,6 +115,52 @@ def test_fewer_rounds_are_the_first_of_more(weights: checkpoints.Weights) -> Non
     assert torch.equal(few[0], many[0].clamp(max=2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({}, [4, 3]),
+        ({"tokens": 24}, [5, 4, 3]),
+        ({"seed": 1}, [5, 4, 3]),
+        ({"info": {"model": "b"}}, [5, 4, 3]),
+        ({"dtype": torch.float32}, [5, 4, 3]),
+    ],
+)
+def test_rounds_of_a_killed_pass_are_taken_over_where_nothing_else_decides_them(
+    changes: dict[str, Any],
+    again: list[int],
+    weights: checkpoints.Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, rounds = depth.losses, list[int]()
+
+    def measured(
+        partial: Path | None, *, tokens: int = 48, seed: int = 0, dtype: torch.dtype = torch.float64, **more: Any
+    ) -> Scores:
+        further = Further(greedy_rounds=3, depth_tokens=tokens)
+        more = {"info": {"model": "a"}, **more}
+        return importance.measure(weights, [text(seed=seed)], dtype=dtype, further=further, partial=partial, **more)
+
+    def dying(model: stream.Model, layers: Sequence[int], *rest: Any) -> list[float]:
+        if len(layers) == LAYERS - 1:
+            raise KeyboardInterrupt
+        return losses(model, layers, *rest)
+
+    def counted(model: stream.Model, layers: Sequence[int], *rest: Any) -> list[float]:
+        rounds.append(len(layers))
+        return losses(model, layers, *rest)
+
+    monkeypatch.setattr(depth, "losses", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path / "partial.safetensors")
+    monkeypatch.setattr(depth, "losses", counted)
+    found = measured(tmp_path / "partial.safetensors", **changes)
+    assert rounds == again
+    fresh = measured(None, **changes)
+    for name in ("layers.greedy", "depth.greedy"):
+        assert torch.equal(found[name], fresh[name])
+
+
 def test_blocks_are_those_of_brute_force(double: LlamaForCausalLM, weights: checkpoints.Weights) -> None:
     table = depth.contiguous(weights, [text()], 3, EXACT)
     for number in range(1, 4):

@@ -28,7 +28,7 @@ from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs, storage
 from llamita.metrics import read_metrics
-from llamita.prune import importance, mend, plan
+from llamita.prune import depth, importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
 from llamita.prune.target import TargetConfig, target_shape
@@ -206,6 +206,29 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert weights_of(out) == weights_of(finished)
     assert importances(out) == importances(finished)
     files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
+    assert files[0] == files[1]
+
+
+def test_killed_between_two_removals_the_first_is_not_decided_again(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out, rounds, losses = recipe("prune"), tmp_path / "out", list[int](), depth.losses
+    kinds = {"target": TargetConfig(num_hidden_layers=1), "scores": ranked(layers=LayerScore.greedy)}
+    kinds["compensation"] = OFF
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = "after_removal"
+        module.run(settings(recipe, model, data, out, **kinds))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (out / "pruning/scores.safetensors").exists()
+    counted = lambda model, layers, *rest: rounds.append(len(layers)) or losses(model, layers, *rest)  # noqa: E731
+    monkeypatch.setattr(depth, "losses", counted)
+    module.run(settings(recipe, model, data, out, **kinds))
+    assert rounds == [2]
+    module.run(settings(recipe, model, data, tmp_path / "undisturbed", **kinds))
+    assert rounds == [2, 3, 2]
+    assert weights_of(out) == weights_of(tmp_path / "undisturbed")
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, tmp_path / "undisturbed")]
     assert files[0] == files[1]
 
 
