@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def score(
             measured = importance.measure(weights, text, watch=watch, **passes)
     else:
         measured = importance.from_weights(weights, info=info)
+    measured = replace(measured, tensors=stream.of_first(measured.tensors))
     if runs.is_main_process():
         measured.save(folder)
         partial.unlink(missing_ok=True)

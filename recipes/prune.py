@@ -75,7 +75,7 @@ def cut(config: Prune, run: runs.Run) -> None:
     if runs.is_main_process():
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
     scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
-    kept = plan.make(scores, weights.shape, config.target, config.scores)
+    kept = plan.make(scores, weights.shape, config.target, config.scores).shared()
     for layer, row in enumerate(scores.layer_means()):
         run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
     pruned, folder = surgery.Pruned(weights, kept), config.out / FOLDER

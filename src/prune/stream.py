@@ -49,6 +49,20 @@ def greatest(number: int) -> int:
     return int(found)
 
 
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's tensors for all, each of which has tensors of the same names and sizes; on the CPU.
+
+    What every process computes from the same sums may differ in a last bit, or an eigenvector in its sign, where nodes
+    are not alike: what is cut and mended together must come from one.
+    """
+    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        return dict(tensors)
+    shared = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+    for tensor in shared.values():
+        distributed.broadcast(tensor, 0)
+    return shared
+
+
 def dealt(batches: Sequence[Batch]) -> list[tuple[bool, int, int]]:
     """Of every batch of all processes whether it is this one's, its rows and their length, in the order of all.
 

@@ -580,6 +580,39 @@ def test_a_kill_while_mending_costs_one_layer(
     assert weights_of(tmp_path / "undisturbed") == weights_of(tmp_path / "killed")
 
 
+UNLIKE = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv.pop(1)]
+import prune
+from llamita.prune import importance, mend, plan
+out, rank, fit = Path(sys.argv[-1][4:]), os.environ["RANK"], mend.mend
+vectors, gain = importance.principal_directions, plan.norm_gain
+def kept(pruned, *arguments, **options):
+    (out / f"rank-{rank}").write_text(pruned.plan.content_hash)
+    return fit(pruned, *arguments, **options)
+mend.mend = kept
+if rank == "1":
+    importance.principal_directions = lambda covariance: (-vectors(covariance)[0], vectors(covariance)[1])
+    plan.norm_gain = lambda *arguments: gain(*arguments) * (1 + 1e-15)
+prune.exit_with(prune.main)
+"""
+"""The recipe on a node whose library gives eigenvectors another sign and sums another last bit."""
+
+
+def test_processes_of_unlike_nodes_cut_and_mend_by_the_plan_of_the_first(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unlike.py").write_text(UNLIKE)
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "unlike.py")]
+    line += [str(REPOSITORY / "recipes"), *CHEAP, "scores.hidden=pca", "target.hidden_size=32", f"model.path={model}"]
+    line += [f"calibration.path={data}", "calibration.tokens=256", "calibration.device=cpu", f"out={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = plan.Plan.load(tmp_path / "out/pruning").content_hash
+    assert [(tmp_path / "out" / f"rank-{rank}").read_text() for rank in (0, 1)] == [kept, kept]
+
+
 # Fewer rows than the calibration has, of which the three processes have two, one and none; and memory in which the
 # first could compare fewer models side by side than the second.
 FURTHER = (
