@@ -76,6 +76,8 @@ def cut(config: Prune, run: runs.Run) -> None:
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
     scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
     kept = plan.make(scores, weights.shape, config.target, config.scores).shared()
+    if kept.tie is None and config.target.tie is not None:
+        log.warning("target.tie=%s has no effect: model.path has one matrix already, and keeps it", config.target.tie)
     for layer, row in enumerate(scores.layer_means()):
         run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
     pruned, folder = surgery.Pruned(weights, kept), config.out / FOLDER

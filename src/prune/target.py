@@ -52,7 +52,8 @@ class TargetConfig(SizesConfig):
     keep_layers: list[int] | None = None
     """The source's layers to keep, instead of those of highest score."""
     tie: Tie | None = None
-    """Unset: ``least_squares`` where there are statistics of text, else ``mean``."""
+    """Unset: ``least_squares`` where there are statistics of text, else ``mean``. Without effect where the source has
+    one matrix already, unless the stream is rotated."""
     pairs: Pairs = Pairs.first
 
     def __post_init__(self) -> None:
@@ -96,6 +97,11 @@ def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:
     merged = {name: sizes.get(name, getattr(source, name)) for name in SIZES}
     _check_heads(source, merged)
     tied = source.tie_word_embeddings if target.tie_word_embeddings is None else target.tie_word_embeddings
+    if target.tie is not None and not tied:
+        raise ValueError(
+            f"target.tie says how two matrices become one, and needs target.tie_word_embeddings=true: got {target.tie} "
+            "for a model that has two"
+        )
     rows = None
     if target.output_rows is not None:
         if tied:

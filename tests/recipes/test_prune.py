@@ -31,7 +31,7 @@ from llamita.metrics import read_metrics
 from llamita.prune import depth, importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, Tie, target_shape
 from llamita.shapes import PUBLISHED
 from pruning_methods import OFF
 
@@ -294,6 +294,17 @@ def test_the_same_shape_is_the_identity(
     assert (tmp_path / "out/config.json").read_bytes() == (model / "config.json").read_bytes()
     summary = storage.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_before"] == summary["loss_after"]
+
+
+def test_a_tie_of_what_is_one_matrix_already_is_said_to_have_no_effect(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model").mkdir()
+    tied = tiny_model(vocab_size=640, pad_token_id=None, tie_word_embeddings=True)
+    checkpoints.save_model(tied, tmp_path / "model", source=None, provenance={})
+    target = TargetConfig(keep_layers=[0, 2], tie=Tie.mean)
+    recipe("prune").run(settings(recipe, tmp_path / "model", None, tmp_path / "out", target=target))
+    assert "target.tie=mean has no effect" in caplog.text
 
 
 def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
