@@ -226,7 +226,7 @@ def show(whole: float, candidates: Sequence[Candidate], budget: BudgetConfig) ->
     Console(width=160).print(table)
 
 
-def smallest(source: LlamaShape, found: Sequence[LlamaShape]) -> set[LlamaShape]:
-    """For each size that any of the shapes cuts the one that has least of it: what these need, all need."""
+def smallest(source: LlamaShape, found: Sequence[LlamaShape]) -> list[LlamaShape]:
+    """For each size that any of the shapes cuts the first that has least of it: scores that serve these serve all."""
     least = [(name, min(found, key=lambda shape: getattr(shape, name))) for name in SIZES]
-    return {shape for name, shape in least if getattr(shape, name) < getattr(source, name)}
+    return list(dict.fromkeys(shape for name, shape in least if getattr(shape, name) < getattr(source, name)))

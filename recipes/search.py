@@ -121,7 +121,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
 def served(config: Search, source: LlamaShape, found: list[LlamaShape]) -> list[LlamaShape]:
     """Of all shapes that are cut, to be compared or to predict, those that need most of the scores."""
     alone = predict.alone(source, search.sizes(source, config.axes, config.target), config.target)
-    return list(_search.smallest(source, [*found, *alone.values()]))
+    return _search.smallest(source, [*found, *alone.values()])
 
 
 def chosen(lab: Laboratory, found: list[LlamaShape], whole: float) -> list[search.Candidate]:

@@ -84,7 +84,7 @@ class ScoreConfig:
     def further(self, source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape] = ()) -> Further:
         """The scores to measure that cost passes of their own: those of the axes that are cut, or all.
 
-        ``shapes`` are those that the scores are to serve, all of what ``target`` says beside sizes; none: its own.
+        ``shapes`` are those that the scores are to serve, which differ in sizes only; none: that of ``target``.
 
         Raises:
             ValueError: as :func:`target_shape` and :meth:`removed`.
