@@ -88,7 +88,8 @@ class Plan:
 
     def shared(self) -> Plan:
         """The same for all processes: the first one's."""
-        return dataclasses.replace(self, **stream.of_first(self.tensors()))
+        tensors: dict[str, Any] = {**stream.of_first(self.tensors())}
+        return dataclasses.replace(self, **tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's tensors by name."""
