@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from calibration import saved, text
 from conftest import tiny_model
 from llamita import checkpoints
-from llamita.prune import halves, head, importance, mend, plan, stream, surgery, tie_steps
+from llamita.prune import head, importance, mend, plan, stream, surgery, tie_steps
 from llamita.prune.attention import Attention, divergence
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.ranking import ScoreConfig
@@ -56,9 +56,9 @@ def test_a_narrow_pass_does_not_round_what_is_written(tmp_path: Path, monkeypatc
     """Where what is read is found to be what was read, a matrix stays that of the file, whatever the pass is in."""
     weights = saved(tiny_model(), tmp_path / "source")
     kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 2]), KINDS)
-    for module in (halves, head):
+    for module in (mend.halves, head):
         monkeypatch.setattr(module, "reading", lambda *arguments: torch.eye(64))
-    monkeypatch.setattr(halves, "measured_gain", lambda *arguments: 1.0)
+    monkeypatch.setattr(mend.halves, "measured_gain", lambda *arguments: 1.0)
     config = dataclasses.replace(OFF, readers=True, gains=True)
     pruned = surgery.Pruned(weights, kept)
     result = mend.mend(pruned, batches(1), config, tmp_path / "mended", dtype=torch.bfloat16)

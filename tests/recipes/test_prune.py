@@ -209,29 +209,6 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert files[0] == files[1]
 
 
-def test_killed_between_two_removals_the_first_is_not_decided_again(
-    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, out, rounds, losses = recipe("prune"), tmp_path / "out", list[int](), depth.losses
-    kinds = {"target": TargetConfig(num_hidden_layers=1), "scores": ranked(layers=LayerScore.greedy)}
-    kinds["compensation"] = OFF
-    if (child := os.fork()) == 0:
-        os.environ["LLAMITA_CRASH_AT"] = "after_removal"
-        module.run(settings(recipe, model, data, out, **kinds))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert not (out / "pruning/scores.safetensors").exists()
-    counted = lambda model, layers, *rest: rounds.append(len(layers)) or losses(model, layers, *rest)  # noqa: E731
-    monkeypatch.setattr(depth, "losses", counted)
-    module.run(settings(recipe, model, data, out, **kinds))
-    assert rounds == [2]
-    module.run(settings(recipe, model, data, tmp_path / "undisturbed", **kinds))
-    assert rounds == [2, 3, 2]
-    assert weights_of(out) == weights_of(tmp_path / "undisturbed")
-    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, tmp_path / "undisturbed")]
-    assert files[0] == files[1]
-
-
 def test_scores_are_measured_once_and_serve_other_targets(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +247,29 @@ def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
     with pytest.raises(ValueError, match=r"scores hold no mlp\.taylor_unit"):
         module.run(missed)
     assert not (tmp_path / "second").exists()
+
+
+def test_killed_between_two_removals_the_first_is_not_decided_again(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out, rounds, losses = recipe("prune"), tmp_path / "out", list[int](), depth.losses
+    kinds = {"target": TargetConfig(num_hidden_layers=1), "scores": ranked(layers=LayerScore.greedy)}
+    kinds["compensation"] = OFF
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = "after_removal"
+        module.run(settings(recipe, model, data, out, **kinds))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (out / "pruning/scores.safetensors").exists()
+    counted = lambda model, layers, *rest: rounds.append(len(layers)) or losses(model, layers, *rest)  # noqa: E731
+    monkeypatch.setattr(depth, "losses", counted)
+    module.run(settings(recipe, model, data, out, **kinds))
+    assert rounds == [2]
+    module.run(settings(recipe, model, data, tmp_path / "undisturbed", **kinds))
+    assert rounds == [2, 3, 2]
+    assert weights_of(out) == weights_of(tmp_path / "undisturbed")
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, tmp_path / "undisturbed")]
+    assert files[0] == files[1]
 
 
 def test_scores_of_another_model_are_refused(
