@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -58,9 +59,9 @@ def _run(config: Any, source: LlamaShape, target: LlamaShape, rows: Rows | None,
     length = rows.sequence_length if rows else 0
     there = rows.rows.get(calibration.split, calibration.tokens) if rows else 0
     tokens = min(calibration.tokens, there * length)
-    wanted = [Further()]
-    checks.errors_of(lambda: wanted.append(config.scores.further(source, config.target)))  # said with the target
-    further = wanted[-1]
+    scores, further, second_order = config.scores, Further(), False
+    with contextlib.suppress(ValueError):  # said with the target
+        further, second_order = scores.further(source, config.target), scores.eliminates(source, config.target)
     gradient_tokens = min(tokens, further.gradient_tokens) if further.by_gradient else 0
     return costs.Pruning(
         source=source,
@@ -71,8 +72,8 @@ def _run(config: Any, source: LlamaShape, target: LlamaShape, rows: Rows | None,
         stored_bytes=stored,
         compute_bytes=DTYPE_BYTES[calibration.dtype] if calibration.dtype else stored,
         shard_bytes=checkpoints.SHARD_BYTES,
-        measured=config.scores.path is None,
-        second_order=config.scores.second_order,
+        measured=scores.path is None,
+        second_order=second_order,
         greedy_rounds=further.greedy_rounds,
         longest_block=further.longest_block,
         depth_tokens=min(tokens, further.depth_tokens),

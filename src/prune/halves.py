@@ -93,15 +93,21 @@ class Fit:
         key = f"left/{name}"
         self.record[key] = (self.record[key] + share) / 2 if key in self.record else share
 
+    def stored(self, name: str) -> Tensor:
+        """A weight of the whole layer as it is stored, in the dtype of the fit: in ``source`` it may be rounded."""
+        streams, plan = self.streams, self.streams.pruned.plan
+        weight = streams.pruned.model.layer(int(plan.layers[self.index]))[f"{name}.weight"]
+        return weight.to(device=streams.device, dtype=streams.cut_dtype)
+
 
 def read(fit: Fit, half: Half, whole: Sequence[Tensor], cut: Sequence[Tensor], *, seed: int) -> None:
     """Fit what a half does with what it reads, from states before it."""
     source, norm, streams = half.norm_of(fit.source), half.norm_of(fit.layer), fit.streams
     if fit.config.gains:
         with fit.part("gains"):
-            start_d = streams.basis.gain(source.weight)
-            norm.weight.copy_(widened(start_d) * measured_gain(streams, whole, cut, source.variance_epsilon))
-    seen_Dd = streams.basis.embed(source.weight.to(streams.cut_dtype))
+            start_d = streams.basis.gain(fit.stored(half.norm))
+            norm.weight.copy_(start_d * measured_gain(streams, whole, cut, source.variance_epsilon))
+    seen_Dd = streams.basis.embed(fit.stored(half.norm))
     if fit.config.readers:
         with fit.part("readers"):
             seen_Dd, left = reading(streams, whole, cut, source, norm, fit.config.ridge)
@@ -185,7 +191,7 @@ def _fold(fit: Fit, half: Half, seen_Dd: Tensor) -> None:
     rows = fit.streams.pruned.readers(fit.index)
     for matrix in half.readers:
         index, factor = rows[f"{half.block}.{matrix}.weight"]
-        kept_OD = take(half.weight(fit.source, matrix), index, None).to(seen_Dd.dtype)
+        kept_OD = take(fit.stored(f"{half.block}.{matrix}"), index, None)
         half.weight(fit.layer, matrix).copy_(factor * (kept_OD @ seen_Dd))
 
 
@@ -206,16 +212,17 @@ def _outer(fit: Fit, whole: Sequence[Tensor]) -> Tensor:
 
 def _fit_values(fit: Fit, seen_Dd: Tensor, whole: Sequence[Tensor]) -> None:
     """Values of each KV head through :func:`narrow_values`, read through M, and the output matrix to match."""
-    plan, attention = fit.streams.pruned.plan, fit.source.self_attn
+    plan = fit.streams.pruned.plan
+    values_HD, writer_DC = fit.stored("self_attn.v_proj"), fit.stored("self_attn.o_proj")
     outer_DD = _outer(fit, whole)
     wide, narrow, group = plan.source.head_dim, plan.target.head_dim, plan.target.num_attention_heads
     group //= plan.target.num_key_value_heads
     value, out = fit.layer.self_attn.v_proj.weight, fit.layer.self_attn.o_proj.weight
     for place, key in enumerate(plan.kv_heads[fit.index].tolist()):
-        value_ED = widened(attention.v_proj.weight[key * wide : (key + 1) * wide])
+        value_ED = values_HD[key * wide : (key + 1) * wide]
         heads = plan.heads[fit.index][place * group : (place + 1) * group]
         columns = channels(heads, torch.arange(wide).expand(group, -1), wide)
-        out_GDE = widened(take(attention.o_proj.weight, None, columns)).view(-1, group, wide).transpose(0, 1)
+        out_GDE = take(writer_DC, None, columns).view(-1, group, wide).transpose(0, 1)
         down, up = narrow_values(value_ED, out_GDE.flatten(0, 1), outer_DD, narrow)
         value[place * narrow : (place + 1) * narrow] = (down @ value_ED.double() @ seen_Dd.double()).to(value.dtype)
         for member, out_DE in enumerate(out_GDE):

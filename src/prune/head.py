@@ -54,7 +54,8 @@ def fit(
         norm.weight.mul_(gain / float(pruned.plan.norm_gain[-1]))
     if config.readers and not pruned.shape.tie_word_embeddings:
         seen_Dd, _ = reading(streams, streams.whole, streams.cut, objective.source, norm, config.ridge)
-        head = objective.head.to(streams.cut_dtype) @ seen_Dd
+        rows = take(pruned.model.head(), pruned.plan.output_rows, None)
+        head = rows.to(device=device, dtype=streams.cut_dtype) @ seen_Dd
     else:  # in memory of its own: what is not cut lies in the source's file
         head = pruned.head().to(device=device, dtype=streams.cut_dtype, copy=True)
     final = Final(norm, head, {})

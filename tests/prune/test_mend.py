@@ -54,6 +54,21 @@ def loss(model: stream.Model) -> float:
     return found
 
 
+def test_a_narrow_pass_does_not_round_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is read is found to be what was read, a matrix stays that of the file, whatever the pass is in."""
+    weights = saved(tiny_model(), tmp_path / "source")
+    kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 2]), KINDS)
+    for module in (mend.halves, head):
+        monkeypatch.setattr(module, "reading", lambda *arguments: torch.eye(64))
+    monkeypatch.setattr(mend.halves, "measured_gain", lambda *arguments: 1.0)
+    config = dataclasses.replace(OFF, readers=True, gains=True)
+    pruned = surgery.Pruned(weights, kept)
+    result = mend.mend(pruned, batches(1), config, tmp_path / "mended", dtype=torch.bfloat16)
+    for index in range(2):
+        assert all(torch.equal(result.layer(index)[name], tensor) for name, tensor in pruned.layer(index).items())
+    assert torch.equal(result.head(), weights.head())
+
+
 def test_a_model_of_which_nothing_was_cut_stays_as_it_is(tmp_path: Path) -> None:
     pruned = cut(tmp_path, TargetConfig())
     result = mended(pruned, CompensationConfig(), tmp_path / "mended")

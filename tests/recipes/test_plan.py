@@ -122,6 +122,8 @@ def test_a_pruning_on_a_gpu_says_what_its_host_needs_and_what_every_score_costs(
     assert planned("scores.removed_layers=28")["flops"][greedy] > usual["flops"][greedy]
     kept = ",".join(map(str, range(16)))
     assert greedy not in planned(f"target.keep_layers=[{kept}]")["flops"]
+    only_layers = plan(arguments[0], arguments[1], "target.num_hidden_layers=16", *arguments[3:])["stages"][0]
+    assert "calibration, elimination" not in only_layers["flops"]
     on_host = planned("hardware=cpu")
     assert on_host["host_memory_bytes"] == {"total": 0}
     assert on_host["memory_bytes"]["total"] > usual["memory_bytes"]["total"]
