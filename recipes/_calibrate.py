@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llamita.prune import importance, stream
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import FILE, Scores
 from llamita.prune.target import TargetConfig
+from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +90,11 @@ def calibration(config: CalibrationConfig, weights: checkpoints.Weights) -> tupl
     rows, rank, world_size = min(config.tokens // columns, len(split)), *process()
     if rows * columns < config.tokens:
         log.warning("calibration.tokens=%d, of which %d are used", config.tokens, rows * columns)
-    if rows < world_size:
-        raise ValueError(f"calibration.tokens={config.tokens} are {rows} rows, too few for {world_size} processes")
+    if (number := math.ceil(rows / config.batch_rows)) < world_size:
+        raise ValueError(
+            f"calibration.tokens={config.tokens} are {rows} rows, of which calibration.batch_rows={config.batch_rows} "
+            f"makes {number} batches: too few for {world_size} processes, each of which needs one"
+        )
     batches = loader.Sequential(split, batch_rows=config.batch_rows, max_rows=rows, rank=rank, world_size=world_size)
     text = [{name: tensor[:, :columns] for name, tensor in batch.items()} for batch in batches]
     return list[stream.Batch](text), {"calibration": (config.path, data.content_hash)}
@@ -154,8 +159,12 @@ def score(
     text: list[stream.Batch],
     parents: Parents,
     run: runs.Run,
+    shapes: Sequence[LlamaShape] = (),
 ) -> Scores:
-    """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones."""
+    """The scores of ``scores.path``, those that this run saved before it was interrupted, or new ones.
+
+    New ones are those that ``shapes`` need; of none, that of ``target``.
+    """
     info: dict[str, Any] = {name: parents[name][1] for name in ("model", "calibration") if name in parents}
     if scores.path is not None:
         found = Scores.load(scores.path)
@@ -173,13 +182,15 @@ def score(
         return Scores.load(folder)
     if calibrated.path is not None:
         with watched("calibrate", weights.shape.num_hidden_layers, run) as watch:
-            passes = how(calibrated, weights) | {"second_order": scores.second_order}
+            passes = how(calibrated, weights)
+            passes["second_order"] = scores.eliminates(weights.shape, target, shapes)
             log.info("scoring in %s on %s", passes["dtype"], passes["device"])
-            passes["further"] = scores.further(weights.shape, target)
+            passes["further"] = scores.further(weights.shape, target, shapes)
             passes |= {"pad_id": pad_id(calibrated), "info": info, "partial": partial}
             measured = importance.measure(weights, text, watch=watch, **passes)
     else:
         measured = importance.from_weights(weights, info=info)
+    measured = replace(measured, tensors=stream.of_first(measured.tensors))
     if runs.is_main_process():
         measured.save(folder)
         partial.unlink(missing_ok=True)

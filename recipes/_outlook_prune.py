@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-from _world import DTYPE_BYTES, Outlook, World, normal, same_tokens, split_of
+from _world import DTYPE_BYTES, Outlook, Rows, World, normal, same_tokens, split_of
 from llamita import checkpoints, checks, estimate, storage
+from llamita.prune import attention, costs, head
+from llamita.prune.further import Further
 from llamita.prune.ranking import check_wanted
-from llamita.prune.scores import LayerScore
 from llamita.prune.target import target_shape
 from llamita.shapes import LlamaShape
 
@@ -29,51 +31,64 @@ def prune(config: Any, world: World, outlook: Outlook) -> None:
     outlook.processes = world.sharing_processes
     outlook.parameters = {"before": source.num_parameters, "after": target.num_parameters}
     stored = DTYPE_BYTES.get(_dtype(config.model.path), 2)
-    compute = DTYPE_BYTES[config.calibration.dtype] if config.calibration.dtype else stored
-    num_tokens = 0
-    batch_tokens = config.calibration.batch_rows * (rows.sequence_length if rows else 0)
-    measured = config.scores.path is None and rows is not None
-    second_order = measured and config.scores.second_order
-    mended = rows is not None and config.compensation.wanted and source != target
+    run = _run(config, source, target, rows, stored)
     if rows is not None:
         outlook.mistakes += split_of(rows, "calibration.path", config.calibration.path, config.calibration.split)
-        there = rows.rows.get(config.calibration.split, config.calibration.tokens)
-        num_tokens = min(config.calibration.tokens, there * rows.sequence_length)
-        row_tokens = min(rows.sequence_length, config.calibration.tokens)
-        outlook.flops = estimate.prune_flops(
-            source,
-            target,
-            tokens=num_tokens,
-            row_tokens=row_tokens,
-            batch_tokens=batch_tokens,
-            second_order=second_order,
-            greedy_rounds=(source.num_hidden_layers - target.num_hidden_layers)
-            * (config.scores.layers is LayerScore.greedy and measured),
-            depth_tokens=min(num_tokens, config.scores.depth_tokens),
-            mended=mended,
-            layer_steps=config.compensation.layer_steps,
-            head_steps=config.compensation.head_steps,
-            tied_steps=config.compensation.tied_steps,
-        )
-    outlook.memory = estimate.prune_memory(
-        source,
-        target,
-        tokens=num_tokens,
-        batch_tokens=min(num_tokens, batch_tokens),
-        stored_bytes=stored,
-        compute_bytes=compute,
-        shard_bytes=checkpoints.SHARD_BYTES,
-        second_order=second_order,
-        mended=mended,
-        tied_steps=config.compensation.tied_steps,
-    )
+    work = costs.operations(run)
+    outlook.flops = {name: each.flops for name, each in work.items()}
+    outlook.arithmetic = {name: each.arithmetic for name, each in work.items()}
+    outlook.on_accelerator = bool(run.tokens) and config.calibration.device != "cpu" and world.hardware.is_gpu
+    memory = costs.memory(run)
+    outlook.memory = memory.device if outlook.on_accelerator else memory.together
+    outlook.host_memory = memory.host if outlook.on_accelerator else {}
+    if run.tokens and config.calibration.device == "cpu" and world.hardware.is_gpu:
+        outlook.notes.append(f"calibration.device=cpu: the time is that of {world.hardware.name} all the same")
+    if run.spills:
+        spilt = source.num_hidden_layers * run.gradient_tokens * source.hidden_size * run.compute_bytes
+        outlook.notes.append(f"{estimate.amount(spilt)} lie in scores.spill_path while gradients are measured")
     # Once for the scores, once for surgery, once more for the content hash, and once for the whole stream of mending.
-    outlook.read_bytes = (3.0 + mended) * stored * source.num_parameters
+    outlook.read_bytes = (3.0 + run.mended) * stored * source.num_parameters
     outlook.disk = {"model": float(stored * target.num_parameters)}
-    if mended:
+    if run.mended:
         outlook.disk["mended layers, until the end"] = float(stored * target.num_parameters)
-    outlook.on_accelerator = False
     outlook.makes = target
+
+
+def _run(config: Any, source: LlamaShape, target: LlamaShape, rows: Rows | None, stored: int) -> costs.Pruning:
+    """What the settings mean; the scores with passes of their own are those that the recipe itself would ask for."""
+    calibration, mending = config.calibration, config.compensation
+    length = rows.sequence_length if rows else 0
+    there = rows.rows.get(calibration.split, calibration.tokens) if rows else 0
+    tokens = min(calibration.tokens, there * length)
+    scores, further, second_order = config.scores, Further(), False
+    with contextlib.suppress(ValueError):  # said with the target
+        further, second_order = scores.further(source, config.target), scores.eliminates(source, config.target)
+    gradient_tokens = min(tokens, further.gradient_tokens) if further.by_gradient else 0
+    return costs.Pruning(
+        source=source,
+        target=target,
+        tokens=tokens,
+        row_tokens=min(length, calibration.tokens),
+        batch_tokens=min(tokens, calibration.batch_rows * length),
+        stored_bytes=stored,
+        compute_bytes=DTYPE_BYTES[calibration.dtype] if calibration.dtype else stored,
+        shard_bytes=checkpoints.SHARD_BYTES,
+        measured=scores.path is None,
+        second_order=second_order,
+        greedy_rounds=further.greedy_rounds,
+        longest_block=further.longest_block,
+        depth_tokens=min(tokens, further.depth_tokens),
+        depth_bytes=further.depth_gib * estimate.GIB,
+        gradient_tokens=gradient_tokens,
+        spills=bool(gradient_tokens) and further.spill_path is not None,
+        mended=tokens > 0 and mending.wanted and source != target,
+        attention_steps=mending.attention_steps,
+        layer_steps=mending.layer_steps,
+        head_steps=mending.head_steps,
+        tied_steps=mending.tied_steps,
+        attention_chunk_bytes=attention.CHUNK_BYTES,
+        logit_chunk_bytes=head.CHUNK_BYTES,
+    )
 
 
 def _target(source: LlamaShape, target: Any) -> tuple[LlamaShape, list[str]]:

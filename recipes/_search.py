@@ -156,7 +156,7 @@ def write(
     candidate: AbstractContextManager[stream.Model], out: Path, source: Path, provenance: Mapping[str, Any]
 ) -> None:
     """Publish a candidate as a model directory, layer by layer; one that is there stays."""
-    if (out / checkpoints.PROVENANCE).is_file():
+    if (out / "config.json").is_file():  # the last file that is published
         return
     with candidate as model, checkpoints.ModelWriter(out, model.config) as writer:
         surgery.write(model, writer)
@@ -226,17 +226,7 @@ def show(whole: float, candidates: Sequence[Candidate], budget: BudgetConfig) ->
     Console(width=160).print(table)
 
 
-def smallest(target: TargetConfig, found: list[LlamaShape]) -> TargetConfig:
-    """A target that cuts every axis as far as any of the shapes, so that its scores serve them all.
-
-    The hidden size apart: its scores never cost a pass of their own.
-    """
-    heads = min(found, key=lambda shape: (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim))
-    return replace(
-        target,
-        num_hidden_layers=min(shape.num_hidden_layers for shape in found),
-        intermediate_size=min(shape.intermediate_size for shape in found),
-        num_attention_heads=heads.num_attention_heads,
-        num_key_value_heads=heads.num_key_value_heads,
-        head_dim=heads.head_dim,
-    )
+def smallest(source: LlamaShape, found: Sequence[LlamaShape]) -> list[LlamaShape]:
+    """For each size that any of the shapes cuts the first that has least of it: scores that serve these serve all."""
+    least = [(name, min(found, key=lambda shape: getattr(shape, name))) for name in SIZES]
+    return list(dict.fromkeys(shape for name, shape in least if getattr(shape, name) < getattr(source, name)))

@@ -158,7 +158,11 @@ class Outlook:
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     """Bytes per process."""
+    host_memory: dict[str, float] = field(default_factory=dict)
+    """Of the host of an accelerator, where the stage needs much of it."""
     flops: dict[str, float] = field(default_factory=dict)
+    arithmetic: dict[str, estimate.Arithmetic] = field(default_factory=dict)
+    """Of operations that are not in bfloat16."""
     read_bytes: float = 0.0
     disk: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -97,7 +97,7 @@ def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
         "overrides": [redaction.redacted(override) for override in overrides],
         "hardware": world.hardware.name,
         "assumptions": [
-            f"{mfu:.0%} of a peak of {world.hardware.peak_flops / 1e12:,.1f} TFLOP/s is reached: assumed, not measured",
+            f"{mfu:.0%} of a peak of {peaks(device)} is reached: assumed, not measured",
             f"a cache holds {config.assume_entries_per_token:g} entries per token: assumed, not measured",
             f"disks move {estimate.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s: assumed, not measured",
         ],
@@ -114,10 +114,18 @@ def run(config: Plan, overrides: list[str]) -> dict[str, Any]:
     return plan
 
 
+def peaks(device: estimate.Device) -> str:
+    """The device's operations per second in each arithmetic."""
+    each = [f"{device.peak(kind) / 1e12:,.1f} TFLOP/s in {kind.value}" for kind in estimate.Arithmetic]
+    return ", ".join(each)
+
+
 def numbers(stage: Outlook, device: estimate.Device, mfu: float) -> dict[str, Any]:
     """The outlook of a stage as plain values, with sums and time."""
     flops, disk = sum(stage.flops.values()), sum(stage.disk.values())
-    hours = estimate.hours(flops, stage.processes if device.is_gpu else 1, device, mfu)
+    processes = stage.processes if device.is_gpu else 1
+    kinds = {name: stage.arithmetic.get(name, estimate.Arithmetic.bfloat16) for name in stage.flops}
+    hours = sum(estimate.hours(each, processes, device, mfu, kinds[name]) for name, each in stage.flops.items())
     hours += stage.hours + (stage.read_bytes + max(disk, stage.written_bytes)) / estimate.DISK_BYTES_PER_SECOND / 3600
     return {
         "stage": stage.name,
@@ -125,7 +133,9 @@ def numbers(stage: Outlook, device: estimate.Device, mfu: float) -> dict[str, An
         "processes": stage.processes,
         "parameters": stage.parameters,
         "memory_bytes": stage.memory | {"total": sum(stage.memory.values())},
+        "host_memory_bytes": stage.host_memory | {"total": sum(stage.host_memory.values())},
         "flops": stage.flops | {"total": flops},
+        "arithmetic": {name: kind.value for name, kind in stage.arithmetic.items()},
         "disk_bytes": stage.disk | {"total": disk},
         "hours": hours,
         "gpu_hours": hours * stage.processes if flops and device.is_gpu else 0.0,
@@ -146,6 +156,7 @@ def show(plan: dict[str, Any]) -> None:
             table.add_row(f"parameters, {name}", f"{count:,}")
         for title, group, text in (
             ("memory of one process", "memory_bytes", estimate.amount),
+            ("memory of its host", "host_memory_bytes", estimate.amount),
             ("operations", "flops", lambda value: f"{value:.3g} FLOP"),
             ("disk", "disk_bytes", estimate.amount),
         ):
@@ -154,7 +165,8 @@ def show(plan: dict[str, Any]) -> None:
             table.add_section()
             table.add_row(f"[bold]{title}[/bold]", "")
             for name, value in stage[group].items():
-                table.add_row(f"  {name}", text(value))
+                kind = f" ({stage['arithmetic'][name]})" if group == "flops" and name in stage["arithmetic"] else ""
+                table.add_row(f"  {name}{kind}", text(value))
         table.add_section()
         table.add_row("expected time", estimate.duration(stage["hours"]))
         if stage["gpu_hours"]:

@@ -31,7 +31,7 @@ from llamita import checkpoints, checks, runs, storage
 from llamita.prune import mend, plan, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, check_kind, target_shape
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,15 @@ def run(config: Prune) -> None:
     if not (config.out / "DONE.json").is_file():  # what cannot work is said before anything is written
         checks.refuse(checks.device_here("calibration.device", config.calibration.device))
         model = checkpoints.Weights(config.model.path)
+        check_kind(model.config)
         shape, rope = target_shape(model.shape, config.target), checkpoints.rope_type(model.config)
         text = config.scores.have_text(calibrated=config.calibration.path is not None)
         check_wanted(model.shape, shape, config.target, config.scores, has_text=text, rope_type=rope)
     with processes(), runs.start(config.out, "prune", storage.plain(config), config.run) as run:
         if not run.done:
             cut(config, run)
+        elif runs.is_main_process():
+            tidy(config.out)
 
 
 def cut(config: Prune, run: runs.Run) -> None:
@@ -74,7 +77,9 @@ def cut(config: Prune, run: runs.Run) -> None:
     if runs.is_main_process():
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
     scores = score(config.scores, config.target, config.calibration, weights, rows, parents, run)
-    kept = plan.make(scores, weights.shape, config.target, config.scores)
+    kept = plan.make(scores, weights.shape, config.target, config.scores).shared()
+    if kept.tie is None and config.target.tie is not None:
+        log.warning("target.tie=%s has no effect: model.path has one matrix already, and keeps it", config.target.tie)
     for layer, row in enumerate(scores.layer_means()):
         run.log({f"prune/{name}": value for name, value in row.items()}, step=layer)
     pruned, folder = surgery.Pruned(weights, kept), config.out / FOLDER
@@ -137,10 +142,15 @@ def publish(
     with checkpoints.ModelWriter(config.out, surgery.final_config(pruned, config.model.path)) as writer:
         surgery.write(result, writer)
         files = writer.publish(config.model.path, provenance)
-    for folder in (config.out / FOLDER).glob(f"{MENDED}-*"):
-        shutil.rmtree(folder)
-    files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*"))]
+    files += [f"{FOLDER}/{file.name}" for file in sorted((config.out / FOLDER).glob("[!.]*")) if file.is_file()]
     run.finish(files, parents={name: digest for name, (_, digest) in parents.items()}, summary=summary)
+    tidy(config.out)
+
+
+def tidy(out: Path) -> None:
+    """Remove the mended layers, which a finished run needs no more; until then a kill would cost all of them."""
+    for folder in (out / FOLDER).glob(f"{MENDED}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 main = command("prune", Prune, run)

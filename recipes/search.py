@@ -24,7 +24,7 @@ from llamita.progress import Progress
 from llamita.prune import latency, plan, predict, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.ranking import ScoreConfig, check_wanted
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, check_kind, target_shape
 from llamita.shapes import LlamaShape
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,8 @@ class Laboratory:
         self.how: dict[str, Any] = how(config.calibration, weights)
         self.rows, parents = calibration(config.calibration, weights)
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
-        alone = predict.alone(weights.shape, search.sizes(weights.shape, config.axes, config.target), config.target)
-        smallest = _search.smallest(config.target, [*found, *alone.values()])
-        self.scores = score(config.scores, smallest, config.calibration, weights, self.rows, parents, run)
+        needs = served(config, weights.shape, found)
+        self.scores = score(config.scores, config.target, config.calibration, weights, self.rows, parents, run, needs)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
         self.held_out = _search.held_out(config.held_out, config.calibration, weights)
 
@@ -105,10 +104,11 @@ class Laboratory:
 def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     """The shapes of the grid within the budget, latency apart; finds every mistake before anything is written."""
     checks.refuse(checks.device_here("calibration.device", config.calibration.device))
+    check_kind(weights.config)
     source, rope = weights.shape, checkpoints.rope_type(weights.config)
     found = search.within(source, search.shapes(source, config.axes, config.target), config.budget)
     text = config.scores.have_text(calibrated=True)
-    for shape in predict.alone(source, search.sizes(source, config.axes, config.target), config.target).values():
+    for shape in served(config, source, found):
         check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
     calibration(config.calibration, weights)
     if not _search.held_out(config.held_out, config.calibration, weights):
@@ -116,6 +116,12 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     assert config.calibration.path is not None
     _search.check(config.distill, config.model.path, config.calibration.path, config.out)
     return found
+
+
+def served(config: Search, source: LlamaShape, found: list[LlamaShape]) -> list[LlamaShape]:
+    """Of all shapes that are cut, to be compared or to predict, those that need most of the scores."""
+    alone = predict.alone(source, search.sizes(source, config.axes, config.target), config.target)
+    return _search.smallest(source, [*found, *alone.values()])
 
 
 def chosen(lab: Laboratory, found: list[LlamaShape], whole: float) -> list[search.Candidate]:

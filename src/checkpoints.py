@@ -325,6 +325,7 @@ class ModelWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[dict[str, int]] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __enter__(self) -> Self:
         for stale in self.out.glob(".model-*"):
@@ -342,6 +343,7 @@ class ModelWriter:
             self._write_shard()
         self._pending[name] = tensor.detach().cpu().contiguous().clone()
         self._pending_bytes += size
+        self._shapes[name] = tuple(tensor.shape)
 
     def _write_shard(self) -> None:
         if shutil.disk_usage(self._folder).free < self._pending_bytes + 2**20:
@@ -364,7 +366,7 @@ class ModelWriter:
         ``provenance`` becomes ``llamita.json``.
 
         Raises:
-            ValueError: the tensors written are not those of the configuration.
+            ValueError: the tensors written, or their shapes, are not those of the configuration.
         """
         if self._pending:
             self._write_shard()
@@ -393,10 +395,9 @@ class ModelWriter:
         return names
 
     def _name_shards(self) -> list[str]:
-        written = {name for shard in self._shards for name in shard}
-        expected = stored_tensors(self.config).keys()
-        if written != expected:
-            raise ValueError(f"tensors written and expected differ: {_some(sorted(written ^ expected))}")
+        expected = stored_tensors(self.config)
+        if differ := sorted(name for name, _ in self._shapes.items() ^ expected.items()):
+            raise ValueError(f"tensors written and expected differ: {_some(list(dict.fromkeys(differ)))}")
         total = len(self._shards)
         if total == 1:
             (self._folder / "shard-0").rename(self._folder / SINGLE)

@@ -38,6 +38,15 @@ class Hardware(StrEnum):
     """This machine's processors and memory."""
 
 
+class Arithmetic(StrEnum):
+    """In what numbers operations are done."""
+
+    bfloat16 = "bfloat16"
+    """Or float16."""
+    float32 = "float32"
+    float64 = "float64"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """One accelerator, or this machine without one."""
@@ -46,30 +55,61 @@ class Device:
     memory_bytes: float
     peak_flops: float
     """Dense bfloat16 operations per second (float32 on a CPU)."""
+    float32_flops: float
+    """Without TF32, which nothing here turns on."""
+    float64_flops: float
+    """Of matrix products, with tensor cores where it has them for these."""
     assumed_mfu: float
     """The share of the peak that is assumed, not measured, where the user gives none."""
     is_gpu: bool = True
 
+    def peak(self, arithmetic: Arithmetic) -> float:
+        """Operations per second."""
+        match arithmetic:
+            case Arithmetic.bfloat16:
+                return self.peak_flops
+            case Arithmetic.float32:
+                return self.float32_flops
+            case Arithmetic.float64:
+                return self.float64_flops
+
 
 def device(hardware: Hardware) -> Device:
-    """Peak and memory by the makers' data sheets (NVIDIA: A100 SXM4 80 GB, H100 SXM5, H200 SXM).
+    """Peaks and memory by the makers' data sheets (NVIDIA: A100 SXM4 80 GB, H100 SXM5, H200 SXM).
 
-    35 % of the peak is what torchtitan publishes for Llama 3.1 8B on H100 (33 to 39 %). A CPU core is taken as
-    16 multiply-adds per cycle (AVX2, two units) at 2.5 GHz, of which a quarter is reached.
+    35 % of the peak is what torchtitan publishes for Llama 3.1 8B on H100 (33 to 39 %), in bfloat16; the same share is
+    assumed of float32 and float64. A CPU core is taken as 16 multiply-adds per cycle (AVX2, two units) at 2.5 GHz, in
+    float64 half of them, of which a quarter is reached.
     """
     match hardware:
         case Hardware.h100:
-            return Device(name="H100 SXM 80 GB", memory_bytes=80e9, peak_flops=989.4e12, assumed_mfu=0.35)
+            return _gpu("H100 SXM 80 GB", 80e9, 989.4e12, 66.9e12, 66.9e12, assumed_mfu=0.35)
         case Hardware.h200:
-            return Device(name="H200 SXM 141 GB", memory_bytes=141e9, peak_flops=989.4e12, assumed_mfu=0.35)
+            return _gpu("H200 SXM 141 GB", 141e9, 989.4e12, 66.9e12, 66.9e12, assumed_mfu=0.35)
         case Hardware.a100:
-            return Device(name="A100 SXM 80 GB", memory_bytes=80e9, peak_flops=311.9e12, assumed_mfu=0.4)
+            return _gpu("A100 SXM 80 GB", 80e9, 311.9e12, 19.5e12, 19.5e12, assumed_mfu=0.4)
         case Hardware.cpu:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return Device(
-                name=f"{cores} CPU cores", memory_bytes=memory, peak_flops=80e9 * cores, assumed_mfu=0.25, is_gpu=False
+                name=f"{cores} CPU cores",
+                memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                peak_flops=80e9 * cores,
+                float32_flops=80e9 * cores,
+                float64_flops=40e9 * cores,
+                assumed_mfu=0.25,
+                is_gpu=False,
             )
+
+
+def _gpu(name: str, memory: float, bfloat16: float, float32: float, float64: float, *, assumed_mfu: float) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=memory,
+        peak_flops=bfloat16,
+        float32_flops=float32,
+        float64_flops=float64,
+        assumed_mfu=assumed_mfu,
+    )
 
 
 class Precision(StrEnum):
@@ -337,102 +377,6 @@ def training_written(training: Training, *, saved_bytes_per_value: int) -> float
     )
 
 
-def prune_memory(
-    source: LlamaShape,
-    target: LlamaShape,
-    *,
-    tokens: int,
-    batch_tokens: int,
-    stored_bytes: int,
-    compute_bytes: int,
-    shard_bytes: int,
-    second_order: bool = False,
-    mended: bool = False,
-    tied_steps: int = 0,
-) -> dict[str, float]:
-    """Bytes of pruning that holds one decoder layer; pages of the mapped weight files apart.
-
-    With ``second_order`` the covariance of a layer's units, its inverse, the Gram matrix of their outputs and what is
-    compacted of them are held in float64; a ``mended`` layer has float32 weights, gradients, two moments and a copy of
-    its start, and the states of both streams before, inside and behind it. So have the last layer and the output matrix
-    in the end, beside the whole model's; ``tied_steps`` of a tied one go through all layers, as they are stored.
-
-    The passes follow each other: calibration holds a layer and the widest moment of one batch in it, surgery a layer
-    before and after, the new embedding and the shard that is being filled. The largest pass is the peak; the hidden
-    states of all calibration tokens, before and behind the final norm, stay with the process in all.
-    """
-    layer, hidden = source.layer_parameters, source.hidden_size
-    # Residual, normed input, gate, its SiLU, up and their product; statistics widen one of them to float32.
-    forward = compute_bytes * (2 * hidden + 4 * source.intermediate_size) + 8 * source.intermediate_size
-    calibration = {
-        "calibration: one layer": float(compute_bytes * layer),
-        "calibration: one batch": float(batch_tokens * forward),
-        "calibration: second order": float(second_order * 4 * 8 * source.intermediate_size**2),
-    }
-    both_streams = {
-        "mending: one layer, whole and cut": float(compute_bytes * layer + 5 * 4 * target.layer_parameters),
-        "mending: one batch": float(batch_tokens * 16 * (2 * target.hidden_size + 4 * target.intermediate_size)),
-        "mending: states of both streams": float(tokens * (compute_bytes * hidden + 3 * 4 * target.hidden_size)),
-    }
-    mending = both_streams | {"mending: least squares": float(3 * 8 * target.intermediate_size**2)}
-    rows = target.output_rows or target.vocab_size
-    matrices = float(rows * (compute_bytes * hidden + 5 * 4 * target.hidden_size))
-    ending = both_streams | {"mending: output matrices": matrices}
-    if target.tie_word_embeddings and tied_steps:
-        all_layers = target.num_hidden_layers * target.layer_parameters
-        ending["mending: all layers, for the tied matrix"] = float(stored_bytes * all_layers)
-    surgery = {
-        "surgery: one layer, before and after": float(stored_bytes * (layer + target.layer_parameters)),
-        "surgery: embedding": float(stored_bytes * target.vocab_size * target.hidden_size),
-        "surgery: shard being written": float(min(shard_bytes, stored_bytes * target.num_parameters)),
-    }
-    passes = [calibration, surgery, *([mending, ending] if mended else [])]
-    return {
-        "Python and its libraries": PYTHON_BYTES,
-        "hidden states, before and behind the final norm": 2.0 * compute_bytes * tokens * hidden,
-    } | max(passes, key=lambda items: sum(items.values()))
-
-
-def prune_flops(
-    source: LlamaShape,
-    target: LlamaShape,
-    *,
-    tokens: int,
-    row_tokens: int,
-    batch_tokens: int,
-    second_order: bool = False,
-    greedy_rounds: int = 0,
-    depth_tokens: int = 0,
-    mended: bool = False,
-    layer_steps: int = 0,
-    head_steps: int = 0,
-    tied_steps: int = 0,
-) -> dict[str, float]:
-    """Operations of scoring on text, of mending on it, and of the losses of the results on it.
-
-    Elimination inverts and empties one matrix of all units of a layer; greedy removal runs, in each round, the rest of
-    the model behind each layer that is left; a step runs a batch forward and backward, and one of a tied matrix runs
-    all layers forward once more.
-    """
-    whole, cut = (shape.forward_flops_per_token(row_tokens / 2) for shape in (source, target))
-    units, kept, depth = float(source.intermediate_size), float(target.intermediate_size), source.num_hidden_layers
-    head = 2.0 * target.vocab_size * target.hidden_size
-    flops = {"calibration, forward": tokens * whole}
-    if second_order:
-        flops["calibration, second order"] = depth * (2 * tokens * units**2 + 3 * units**3)
-    if greedy_rounds:
-        passes = sum((depth - gone) * (depth - gone + 1) / 2 for gone in range(greedy_rounds))
-        flops["calibration, greedy removal"] = depth_tokens * passes * whole / depth
-    if mended:
-        squares = 2 * tokens * (kept**2 + kept * target.hidden_size) + kept**3
-        flops["mending, forward"] = tokens * (whole + 4 * cut)
-        flops["mending, least squares"] = target.num_hidden_layers * squares
-        steps = layer_steps * cut + head_steps * (cut / target.num_hidden_layers + head)
-        tied = target.tie_word_embeddings * tied_steps * (4 * cut - head)
-        flops["mending, steps"] = batch_tokens * (3.0 * steps + tied)
-    return flops | {"losses, forward": tokens * (whole + (1 + mended) * cut)}
-
-
 def evaluation_flops(
     models: Mapping[str, LlamaShape], *, rows: int, sequence_length: int, teacher: str | None
 ) -> dict[str, float]:
@@ -472,9 +416,11 @@ def evaluation_memory(
     return items
 
 
-def hours(flops: float, processes: int, hardware: Device, mfu: float) -> float:
+def hours(
+    flops: float, processes: int, hardware: Device, mfu: float, arithmetic: Arithmetic = Arithmetic.bfloat16
+) -> float:
     """Wall-clock hours of ``flops`` on ``processes`` devices that reach the share ``mfu`` of their peak."""
-    return flops / (processes * hardware.peak_flops * mfu) / 3600
+    return flops / (processes * hardware.peak(arithmetic) * mfu) / 3600
 
 
 def amount(size: float) -> str:

@@ -91,8 +91,10 @@ def _held() -> str:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return f", where this process held {torch.cuda.max_memory_reserved() / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    # Not of the current device: what only moves tensors to its device, as pruning does, never sets that.
+    held, device = max((torch.cuda.max_memory_reserved(index), -index) for index in range(torch.cuda.device_count()))
+    total = torch.cuda.get_device_properties(-device).total_memory
+    return f", where this process held {held / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
 def launch_id() -> str:
@@ -239,6 +241,7 @@ CRASH_POINTS = {
     "after_model_shard": "one file of a model is written",
     "after_shard": "one file of packed data is written",
     "mid_shard": "the entries of a cache's shard are written; its index is not",
+    "after_removal": "a greedy pass has decided which layer leaves next, and its losses are saved; there are no scores",
     "after_scores": "the scores of a model are saved; nothing is cut",
     "after_choice": "the candidates of a search are chosen; none is measured",
     "after_candidate": "one candidate of a search is measured",

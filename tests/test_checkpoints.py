@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -84,6 +85,17 @@ def test_shards_hold_what_one_file_holds(tiny: LlamaForCausalLM, saved: Path, tm
     ids = torch.arange(12)[None]
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "sharded")(ids).logits, tiny(ids).logits)
     assert not list((tmp_path / "sharded").glob(".model-*"))
+
+
+def test_tensors_of_other_shapes_than_the_configuration_has_are_not_published(saved: Path, tmp_path: Path) -> None:
+    weights = Weights(saved)
+    wrong = "model.layers.1.mlp.up_proj.weight"
+    with ModelWriter(tmp_path / "out", weights.config) as writer:
+        for name in weights.shape.tensors():
+            writer.add(name, weights[name][1:] if name == wrong else weights[name])
+        with pytest.raises(ValueError, match=rf"written and expected differ: {re.escape(wrong)}$"):
+            writer.publish(saved, {})
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_truncated_file_is_named(saved: Path) -> None:

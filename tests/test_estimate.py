@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llamita import checkpoints, estimate
-from llamita.estimate import Hardware, Precision, Teacher, Training
+from llamita.estimate import Arithmetic, Hardware, Precision, Teacher, Training
 from llamita.shapes import PUBLISHED, LlamaShape
 
 LLAMA_8B, LLAMA_70B = PUBLISHED["meta-llama/Llama-3.1-8B"], PUBLISHED["meta-llama/Llama-3.1-70B"]
@@ -237,68 +237,10 @@ def test_an_evaluation_holds_its_teacher_and_the_largest_other_model() -> None:
     assert "teacher" not in alone
 
 
-def test_pruning_without_text_takes_no_operations() -> None:
-    assert sum(estimate.prune_flops(LLAMA_8B, LLAMA_1B, tokens=0, row_tokens=0, batch_tokens=0).values()) == 0
-
-
-def test_elimination_and_mending_are_counted_where_they_are_asked_for() -> None:
-    plain = {"tokens": 2**18, "row_tokens": 2048, "batch_tokens": 2**14}
-    least = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain)
-    steps = {"layer_steps": 200, "head_steps": 200, "tied_steps": 0}
-    most = estimate.prune_flops(
-        LLAMA_8B, LLAMA_1B, **plain, second_order=True, greedy_rounds=16, depth_tokens=2**14, mended=True, **steps
-    )
-    assert most.items() > {name: least[name] for name in ("calibration, forward",)}.items()
-    # A step is a batch forward and backward through every layer of the small model: three times its forward pass.
-    cut = LLAMA_1B.forward_flops_per_token(1024)
-    assert most["mending, steps"] > 3 * 200 * 2**14 * cut
-    # One of a matrix that is input and output runs each layer once more.
-    tied = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain, mended=True, tied_steps=200)
-    without = LLAMA_1B.forward_flops_per_token(1024, head=False)
-    assert tied["mending, steps"] == pytest.approx(200 * 2**14 * (3 * cut + without))
-    untied = dataclasses.replace(LLAMA_1B, tie_word_embeddings=False)
-    none = estimate.prune_flops(LLAMA_8B, untied, **plain, mended=True, tied_steps=200)
-    assert none["mending, steps"] == 0
-    # The first round of greedy removal runs half the model behind each of 32 layers, 16.5 whole passes.
-    one = estimate.prune_flops(LLAMA_8B, LLAMA_1B, **plain, greedy_rounds=1, depth_tokens=2**14)
-    passes = one["calibration, greedy removal"] / (2**14 * LLAMA_8B.forward_flops_per_token(1024))
-    assert passes == pytest.approx(16.5)
-
-
-def prune_memory(target: LlamaShape, **changes: int) -> dict[str, float]:
-    numbers = {"tokens": 2048, "batch_tokens": 2048, "stored_bytes": 2, "compute_bytes": 2, "shard_bytes": 2**32}
-    return estimate.prune_memory(LLAMA_8B, target, **(numbers | changes))
-
-
-def test_a_tied_matrix_is_fitted_with_all_layers_at_hand() -> None:
-    """The larger of the two: a layer with its least squares, or what comes behind the last one."""
-    ways = [prune_memory(LLAMA_1B, mended=True, tied_steps=steps) for steps in (0, 1)]
-    layers = 2 * LLAMA_1B.num_hidden_layers * LLAMA_1B.layer_parameters
-    assert sum(ways[1].values()) - sum(ways[0].values()) == layers
-    matrices = ways[0]["mending: output matrices"]
-    assert matrices == LLAMA_1B.vocab_size * (2 * LLAMA_8B.hidden_size + 5 * 4 * LLAMA_1B.hidden_size)
-    assert "mending: least squares" not in ways[0]
-    untied = dataclasses.replace(LLAMA_1B, tie_word_embeddings=False)
-    assert prune_memory(untied, mended=True, tied_steps=1) == prune_memory(untied, mended=True)
-
-
-def test_pruning_holds_far_less_than_the_model() -> None:
-    total = sum(prune_memory(LLAMA_1B).values())
-    assert 2 * LLAMA_1B.num_parameters < total < 4 * estimate.GIB < 2 * LLAMA_8B.num_parameters / 3
-    assert sum(prune_memory(LLAMA_3B).values()) < 8 * estimate.GIB
-
-
-def test_the_larger_pass_of_pruning_is_the_peak() -> None:
-    few, many = prune_memory(LLAMA_1B), prune_memory(LLAMA_1B, batch_tokens=2**18)
-    assert any(name.startswith("surgery") for name in few)
-    assert any(name.startswith("calibration") for name in many)
-    states = "hidden states, before and behind the final norm"
-    assert prune_memory(LLAMA_1B, tokens=2**16)[states] == 2 * 2**16 * 4096 * 2
-
-
 def test_time_is_operations_over_what_the_devices_reach() -> None:
     h100 = estimate.device(Hardware.h100)
     assert estimate.hours(989.4e12 * 3600, 2, h100, 0.5) == pytest.approx(1.0)
+    assert estimate.hours(66.9e12 * 3600, 2, h100, 0.5, Arithmetic.float32) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("hardware", list(Hardware))
@@ -306,6 +248,7 @@ def test_every_named_hardware_is_known(hardware: Hardware) -> None:
     device = estimate.device(hardware)
     assert device.memory_bytes > 1e9
     assert 0 < device.assumed_mfu < 1
+    assert device.peak(Arithmetic.bfloat16) >= device.peak(Arithmetic.float32) >= device.peak(Arithmetic.float64)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +268,7 @@ def test_amounts_read_like_amounts(text: str, expected: str) -> None:
 
 
 def test_an_estimate_needs_no_torch() -> None:
-    program = "import sys, llamita.estimate; sys.exit('torch' in sys.modules)"
+    program = "import sys, llamita.estimate, llamita.prune.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_memory_that_ran_out_names_the_phase_and_a_setting(error: Exception) -> 
     ):
         raise error
     assert faults.phase_of(told.value) == "the outer"
+
+
+def test_memory_is_that_of_the_device_where_the_process_holds_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that never sets a current device, as in pruning, works on another than the first."""
+    sizes = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: sizes if index == 2 else None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index=0: [0, 0, 70 * 2**30][index])
+    with (
+        pytest.raises(ValueError, match=r"where this process held 70\.0 of 80\.0 GiB; to need less: fewer rows"),
+        faults.phase("a pass", memory="fewer rows"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_memory_that_a_processor_really_lacks_is_known_for_what_it_is() -> None:

@@ -828,5 +828,20 @@ def test_what_mending_bought_is_drawn_where_something_was_mended(tmp_path: Path)
         )
     text = drawn({"pruned": path}, tmp_path / "mended")
     assert "mended-pruned" in Reader(text).ids
-    assert "the closed forms 4 s, those on the shared matrix 7 s." in text
+    assert "the closed forms 4 s, those on the shared matrix 7 s." in text  # as records were before parts had clocks
     assert "as mended by layers 0.900, those on the shared matrix 0.625." in text
+
+
+def test_each_part_of_mending_is_told_with_its_seconds_and_with_what_it_leaves(tmp_path: Path) -> None:
+    path = stage(tmp_path / "pruned", "prune", shape=SMALL)
+    write_plan(path, BIG, SMALL)
+    row = {"prune/error/start": 0.3, "prune/error/refit": 0.2, "prune/seconds/attention_steps": 30.0}
+    row |= {"prune/seconds/readers": 1.0, "prune/seconds/passes": 2.0, "prune/left/readers": 0.5}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"step": layer, "time": 0.0, "restart": 0, **row, "prune/left/attention_steps": share}) + "\n"
+            for layer, share in enumerate((0.2, 0.4))
+        )
+    text = drawn({"pruned": path}, tmp_path / "page")
+    assert "Time: readers 2 s, steps on attention 60 s, running both models through the layers 4 s." in text
+    assert "Left of what each part fits, mean over layers: readers 50%, steps on attention 30%." in text

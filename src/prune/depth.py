@@ -69,9 +69,9 @@ class Removals:
     """Called behind each layer."""
 
     def at_once(self, model: Model, batches: Sequence[Batch]) -> int:
-        """How many models go side by side beside the whole one."""
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        size = tokens * model.shape.hidden_size * self.dtype.itemsize
+        """How many models go side by side beside the whole one: in all processes what that of most text can hold."""
+        tokens = stream.greatest(sum(batch["input_ids"].numel() for batch in batches))
+        size = max(1, tokens) * model.shape.hidden_size * self.dtype.itemsize
         return max(2, int(self.memory_gib * 2**30 / size) - 1)
 
 
@@ -114,11 +114,22 @@ def losses(
         place = next_place
 
 
-def greedy(model: Model, batches: Sequence[Batch], rounds: int, how: Removals) -> tuple[Tensor, Tensor]:
+def greedy(
+    model: Model,
+    batches: Sequence[Batch],
+    rounds: int,
+    how: Removals,
+    *,
+    known: Tensor | None = None,
+    keep: Callable[[Tensor], None] = lambda losses: None,
+) -> tuple[Tensor, Tensor]:
     """Remove ``rounds`` times the layer without which the loss is least, each time of what is then left.
 
     The one-layer removal loss is that of Kim et al., 2024, arXiv:2402.02834 (Shortened LLaMA), there in one
     shot; measuring anew after each removal is that of Song et al., 2024, arXiv:2402.09025 (SLEB).
+
+    ``known`` are the losses [rounds, L] of an interrupted pass over the same text, which are not measured again;
+    ``keep`` is given those of all rounds so far after each that is.
 
     Returns:
         rank [L]: the round in which a layer leaves, and ``rounds`` for those that stay; the losses [rounds, L] without
@@ -131,10 +142,17 @@ def greedy(model: Model, batches: Sequence[Batch], rounds: int, how: Removals) -
     _check_number(rounds, num_layers)
     left, table_RL = list(range(num_layers)), torch.zeros(rounds, num_layers, dtype=torch.float64)
     rank_L = torch.full((num_layers,), rounds, dtype=torch.float64)
+    finished = 0 if known is None else min(len(known), rounds)
+    if known is not None and finished:
+        table_RL[:finished] = known[:finished]
+        log.info("%d of %d removals were decided before", finished, rounds)
     for number in range(rounds):
-        found = losses(model, left, [(place, place + 1) for place in range(len(left))], batches, how)
-        table_RL[number] = found.pop()
-        table_RL[number, left] = torch.tensor(found, dtype=torch.float64)
+        if number >= finished:
+            found = losses(model, left, [(place, place + 1) for place in range(len(left))], batches, how)
+            table_RL[number] = found.pop()
+            table_RL[number, left] = torch.tensor(found, dtype=torch.float64)
+            keep(table_RL[: number + 1])
+        found = table_RL[number, left].tolist()
         layer = left.pop(found.index(min(found)))
         rank_L[layer] = number
         log.info("removal %d of %d: layer %d, loss %.4f", number + 1, rounds, layer, min(found))

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamita.prune import depth, gradients
+from llamita.prune import depth, gradients, stream
+from llamita.prune.partial import Partial
 from llamita.prune.stream import Batch, Model
 
 
@@ -33,8 +34,11 @@ class Further:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         watch: Callable[[], None] = lambda: None,
+        so_far: Partial | None = None,
     ) -> dict[str, Tensor]:
         """The tensors that :class:`llamita.prune.scores.Scores` lists as measured where asked for.
+
+        The rounds of a greedy pass are noted in ``so_far``, and those that it holds are not measured again.
 
         Raises:
             ValueError: nothing in ``batches`` has a label, more layers are to leave than the model can lose, or a loss
@@ -47,19 +51,25 @@ class Further:
         text = first_rows(batches, self.depth_tokens)
         how = depth.Removals(dtype=dtype, device=device, memory_gib=self.depth_gib, watch=watch)
         if self.greedy_rounds:
-            tensors["layers.greedy"], tensors["depth.greedy"] = depth.greedy(model, text, self.greedy_rounds, how)
+            rounds = {} if so_far is None else so_far.rounds_on(stream.digest(text))
+            rank_L, table_RL = depth.greedy(model, text, self.greedy_rounds, how, **rounds)
+            tensors |= {"layers.greedy": rank_L, "depth.greedy": table_RL}
         if self.longest_block:
             tensors["depth.contiguous"] = depth.contiguous(model, text, self.longest_block, how)
         return tensors
 
 
 def first_rows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """The rows from the first on that together hold at most ``tokens``, padding included; one at least."""
-    rows: list[Batch] = []
-    for batch in batches:
-        count, length = batch["input_ids"].shape
-        keep = min(count, max(tokens // length, 0 if rows else 1))
-        if keep:
+    """The rows from the first on that together hold at most ``tokens``, padding included; one at least.
+
+    Where batches are dealt to several processes in turn, the rows are counted in the order of all, and each process
+    gets those of its own batches: the text is the same for any number of processes, and a process may have none of it.
+    """
+    rest, rows, least = iter(batches), list[Batch](), 1
+    for is_mine, count, length in stream.dealt(batches):
+        keep = min(count, max(tokens // length, least))
+        tokens, least = tokens - keep * length, 0
+        batch = next(rest) if is_mine else {}
+        if batch and keep:
             rows.append({name: tensor[:keep] for name, tensor in batch.items()})
-        tokens -= keep * length
     return rows

@@ -147,6 +147,8 @@ def loss_gradient(
     With p the softmax of a position's logits W n(x) and y its label, it is W^T (p - e_y) through the final norm n. A
     sum, not a mean: small numbers would be lost in float16.
     """
+    if not hidden:
+        return []
     dtype = hidden[0].dtype
     norm = stream.final_norm(model, dtype, device)
     head_VD = model.head().to(device=device, dtype=dtype)
@@ -189,7 +191,9 @@ class _LayerGradients:
         self._device = next(layer.parameters()).device
         self._wide = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
         self._weight_sums = {name: torch.zeros_like(p, dtype=self._wide) for name, p in self._weights.items()}
-        self._unit_sums: dict[str, Tensor] = {}
+        # From the start, because a process without text takes part in the sums as well.
+        sizes = {axis: self._weights[name.split(".")[-1]].shape[1] for axis, name in UNITS.items()}
+        self._unit_sums = {a: torch.zeros(n, dtype=torch.float64, device=self._device) for a, n in sizes.items()}
 
     def backward(self, states_BSD: Tensor, positions_BS: Tensor, gradient_BSD: Tensor) -> Tensor:
         """Run the layer on its input again, add what this batch gives, and return the gradient at the input."""
@@ -211,8 +215,7 @@ class _LayerGradients:
         at_input, *found = torch.autograd.grad(output_BSD, wanted, gradient_BSD.to(output_BSD.device))
         for axis, gradient in zip(seen, found, strict=False):
             product = seen[axis].detach().to(self._wide) * gradient.to(self._wide)
-            total = product.square().flatten(0, 1).sum(0).double()
-            self._unit_sums[axis] = self._unit_sums[axis] + total if axis in self._unit_sums else total
+            self._unit_sums[axis] += product.square().flatten(0, 1).sum(0).double()
         for name, gradient in zip(self._weights, found[len(seen) :], strict=True):
             self._weight_sums[name] += gradient
         return at_input.cpu()

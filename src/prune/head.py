@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from llamita import faults
 from llamita.prune.basis import take
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.halves import measured_gain, reading
@@ -36,6 +37,7 @@ class Final:
     """Mean KL(whole || cut) over the held-out batches' tokens, in nats: ``start``, and after each kind of steps."""
 
 
+@faults.phase("the end of mending", memory="a smaller calibration.batch_rows, or compensation.head_steps=0")
 def fit(
     streams: Streams, layer: LlamaDecoderLayer, before: Sequence[Tensor], config: CompensationConfig, *, seed: int
 ) -> Final:
@@ -51,8 +53,9 @@ def fit(
         gain = measured_gain(streams, streams.whole, streams.cut, objective.source.variance_epsilon)
         norm.weight.mul_(gain / float(pruned.plan.norm_gain[-1]))
     if config.readers and not pruned.shape.tie_word_embeddings:
-        seen_Dd = reading(streams, streams.whole, streams.cut, objective.source, norm, config.ridge)
-        head = objective.head.to(streams.cut_dtype) @ seen_Dd
+        seen_Dd, _ = reading(streams, streams.whole, streams.cut, objective.source, norm, config.ridge)
+        rows = take(pruned.model.head(), pruned.plan.output_rows, None)
+        head = rows.to(device=device, dtype=streams.cut_dtype) @ seen_Dd
     else:  # in memory of its own: what is not cut lies in the source's file
         head = pruned.head().to(device=device, dtype=streams.cut_dtype, copy=True)
     final = Final(norm, head, {})

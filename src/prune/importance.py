@@ -58,7 +58,8 @@ def measure(
     (float64 for ``dtype=float64``) within a row and float64 over rows. ``second_order`` adds ``obs`` and ``leverage``,
     which hold two matrices of [F, F] in float64 on the device; ``further`` adds scores that cost passes of their own.
     ``partial`` names a file for what is measured so far: a later call with the same ``info`` and settings goes through
-    the layers that it holds without measuring them again. ``watch`` is told how many layers are done.
+    the layers that it holds without measuring them again, and takes over the rounds of ``greedy``. ``watch`` is told
+    how many layers are done.
 
     Raises:
         ValueError: there is no token to measure on, ``partial`` is damaged, or what is measured is not finite.
@@ -115,7 +116,7 @@ def measure(
     del hidden
     if further is not None:
         done = functools.partial(watch, shape.num_hidden_layers)
-        tensors |= further.measure(model, batches, dtype=dtype, device=device, watch=done)
+        tensors |= further.measure(model, batches, dtype=dtype, device=device, watch=done, so_far=so_far)
     scores = Scores(
         tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         info={**extra, "loss": loss, **(info or {})},

@@ -9,6 +9,7 @@ square map into its down-projection, the down-projection itself is fitted, which
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -80,10 +81,14 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
     """What was measured at each layer, and behind the last, while it was fitted.
 
     ``error/...`` is the squared error of the stream behind the layer relative to its square: of the layer ``start`` as
-    the plan makes it, after the closed forms (``refit``) and after the steps (``tuned``), each from the same input.
-    ``seconds/...`` is what reading and writing, and the steps, took. Behind the last layer ``divergence/...`` is KL to
-    the whole model's next-token distributions in nats per held-out token: at the ``start`` of the steps there, after
-    those of the last layer, norm and ``head``, and after those of a ``tied`` matrix.
+    the plan makes it, with both halves fitted (``refit``) and after the steps (``tuned``), each from the same input.
+    ``left/...`` is the share of its own squared error that least squares of the ``readers`` and of the ``writers``
+    leaves, mean of both halves, and of the divergence of attention on the held-out batches after ``attention_steps``.
+    ``seconds/...`` is what each part took: ``gains``, ``readers``, ``values``, ``attention_steps``, ``writers``, the
+    ``steps`` of the whole layer, and ``passes``, everything else, most of it running both streams. Behind the last
+    layer ``divergence/...`` is KL to the whole model's next-token distributions in nats per held-out token: at the
+    ``start`` of the steps there, after those of the last layer, norm and ``head``, and after those of a ``tied``
+    matrix; ``seconds/...`` is what these two took.
     """
     files = [*(layer_file(folder, index) for index in range(layers)), folder / FINAL]
     found: list[dict[str, float]] = [json.loads(checkpoints.read_tensors(file)[1]["record"]) for file in files]
@@ -91,7 +96,7 @@ def records(folder: Path, layers: int) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-@faults.phase("mending", memory="a smaller calibration.batch_rows or calibration.tokens")
+@faults.phase("mending", memory="a smaller calibration.tokens for the host, calibration.batch_rows for a GPU")
 def mend(
     pruned: Pruned,
     batches: Sequence[Batch],
@@ -121,16 +126,18 @@ def mend(
     streams = Streams.start(pruned, batches, dtype=dtype, device=device, pad_id=pad_id)
     for number in range(layers[0]):
         streams.advance_whole(number)
+    before: list[Tensor] = []
     for index, number in enumerate(layers):
         following = layers[index + 1] if index + 1 < len(layers) else pruned.plan.source.num_hidden_layers
         if config.prefix is Prefix.whole:
-            streams.cut = streams.along(streams.whole)
+            before = streams.cut = []  # let go before there are new ones
+            streams.cut = list(streams.along(streams.whole))
         layer, before = streams.cut_layer(index), streams.cut
         if index < finished:
             _load(layer, checkpoints.read_tensors(layer_file(folder, index))[0])
             for passed in range(number, following):
                 streams.advance_whole(passed)
-            streams.cut = streams.through(layer, before)
+            streams.cut = list(streams.passing(layer, before))
         else:
             fit = Fit(streams, config, index, streams.source_layer(number), layer)
             record = _fit_layer(fit, range(number + 1, following), seed=seed)
@@ -166,39 +173,39 @@ def _finished(folder: Path, layers: int, device: torch.device | str) -> int:
 
 
 def _fit_layer(fit: Fit, removed: range, *, seed: int) -> dict[str, float]:
-    """Fit a layer, take both streams through it, and the whole one through the ``removed`` that follow."""
+    """Fit a layer, take both streams through it, and the whole one through the ``removed`` that follow.
+
+    Beside the states that the layer reads, which the steps and the last layer need, one more copy of the cut stream's
+    exists at a time, and of the whole one's none: batches take the place of those that they were made of.
+    """
     streams, config, before = fit.streams, fit.config, fit.streams.cut
-    clock = time.monotonic()
-    seconds = {}
-    start = streams.through(fit.layer, before)
-    whole, cut = streams.whole, before
+    started = time.monotonic()
+    as_cut, cut = copy.deepcopy(fit.layer), list(before)
     for half in (ATTENTION, MLP):
-        halves.read(fit, half, whole, cut, seed=seed)
-        whole = [
-            half.output(streams.whole_runner, fit.source, x_BSD.to(streams.device), streams.positions[batch]).cpu()
-            for batch, x_BSD in enumerate(whole)
-        ]
+        halves.read(fit, half, streams.whole, cut, seed=seed)
+        for batch, x_BSD in enumerate(streams.whole):
+            x_BSD = x_BSD.to(streams.device)
+            streams.whole[batch] = half.output(streams.whole_runner, fit.source, x_BSD, streams.positions[batch]).cpu()
         if half is MLP:
-            streams.whole = whole
             for number in removed:
                 streams.advance_whole(number)
-        cut = halves.write(fit, half, streams.whole if half is MLP else whole, cut)
+        halves.write(fit, half, cut)
         if half is ATTENTION and config.prefix is Prefix.whole:
-            cut = streams.along(whole)
-    seconds["seconds/closed_forms"] = time.monotonic() - clock
-    errors = {"error/start": streams.error(start), "error/refit": streams.error(cut)}
+            for batch, x_BSd in enumerate(streams.along(streams.whole)):
+                cut[batch] = x_BSd
+    errors = {"error/start": streams.error(streams.passing(as_cut, before)), "error/refit": streams.error(cut)}
+    del as_cut, cut
     if config.layer_steps:
-        clock = time.monotonic()
-        halves.fit_layer(fit, streams.whole, before, seed=seed)
-        seconds["seconds/steps"] = time.monotonic() - clock
-    if config.layer_steps or streams.pruned.dtype != streams.cut_dtype:
-        # What is stored, not what was fitted, is what later layers read: also when it is read again after a kill.
-        _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
-        cut = streams.through(fit.layer, before)
+        with fit.part("steps"):
+            halves.fit_layer(fit, streams.whole, before, seed=seed)
+    # What is stored, not what was fitted, is what later layers read, and it is read from the layer's own input: so it
+    # is when the layer is read again after a kill.
+    _load(fit.layer, _stored(fit.layer, streams.pruned.dtype))
+    streams.cut = list(streams.passing(fit.layer, before))
     if config.layer_steps:
-        errors["error/tuned"] = streams.error(cut)
-    streams.cut = cut
-    return errors | seconds
+        errors["error/tuned"] = streams.error(streams.cut)
+    parts = sum(value for name, value in fit.record.items() if name.startswith("seconds/"))
+    return errors | fit.record | {"seconds/passes": time.monotonic() - started - parts}
 
 
 def _load(layer: LlamaDecoderLayer, tensors: dict[str, Tensor]) -> None:

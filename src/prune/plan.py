@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llamita import checkpoints
+from llamita.prune import stream
 from llamita.prune.basis import Basis
 from llamita.prune.importance import norm_gain
 from llamita.prune.ranking import ScoreConfig, leaving, tie_of, top
@@ -84,6 +85,11 @@ class Plan:
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def shared(self) -> Plan:
+        """The same for all processes: the first one's."""
+        tensors: dict[str, Any] = {**stream.of_first(self.tensors())}
+        return dataclasses.replace(self, **tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's tensors by name."""

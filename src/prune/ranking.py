@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class ScoreConfig:
     removed_layers: int | None = None
     """How many layers the scores ``greedy`` and ``contiguous`` can remove; unset: as many as the target does."""
     gradient_tokens: int = 32768
-    """Of the calibration text, for ``taylor_unit`` and ``taylor_element``: a pass forward and one backward."""
+    """The first of the calibration text, for ``taylor_unit`` and ``taylor_element``: a pass forward and one
+    backward."""
     depth_tokens: int = 16384
-    """Of the calibration text, for ``greedy`` and ``contiguous``: half a pass for each layer that could leave, each
-    time that one does."""
+    """The first of the calibration text, for ``greedy`` and ``contiguous``: half a pass for each layer that could
+    leave, each time that one does."""
     depth_gib: float = 4.0
-    """Host memory for the hidden states of the models that ``greedy`` and ``contiguous`` compare side by side."""
+    """Host memory of each process for the hidden states of the models that ``greedy`` and ``contiguous`` compare side
+    by side."""
     spill_path: Path | None = None
     """An existing folder on a fast disk, where the inputs of all layers lie while gradients are measured; unset: they
     are held in memory, ``gradient_tokens`` times the hidden size for each layer."""
@@ -50,10 +53,13 @@ class ScoreConfig:
         if self.spill_path is not None and not self.spill_path.is_dir():
             raise ValueError(f"scores.spill_path must be an existing folder, got {self.spill_path}")
 
-    @property
-    def second_order(self) -> bool:
-        """Whether an axis is ranked by the covariance of all units of a layer."""
-        return self.all or self.mlp.second_order or self.attention.second_order
+    def eliminates(self, source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape] = ()) -> bool:
+        """Whether an axis that is cut is ranked by the covariance of all units of a layer, or every score is measured.
+
+        ``shapes``, and what is raised: as for :meth:`further`.
+        """
+        cut = _cut_by_any(source, target, shapes)
+        return self.all or any(getattr(self, a).second_order for a in ("mlp", "attention") if a in cut)
 
     def removed(self, source: LlamaShape, shape: LlamaShape) -> int:
         """How many layers the scores must be able to remove.
@@ -70,14 +76,17 @@ class ScoreConfig:
             )
         return removed
 
-    def further(self, source: LlamaShape, target: TargetConfig) -> Further:
+    def further(self, source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape] = ()) -> Further:
         """The scores to measure that cost passes of their own: those of the axes that are cut, or all.
+
+        ``shapes`` are those that the scores are to serve, which differ in sizes only; none: that of ``target``.
 
         Raises:
             ValueError: as :func:`target_shape` and :meth:`removed`.
         """
-        shape = target_shape(source, target)
-        cut, removed = _cut(source, shape, target), self.removed(source, shape)
+        shapes = shapes or [target_shape(source, target)]
+        cut = _cut_by_any(source, target, shapes)
+        removed = self.removed(source, min(shapes, key=lambda shape: shape.num_hidden_layers))
         layers = self.layers if "layers" in cut else None
         return Further(
             by_gradient=self.all or any(getattr(self, a).by_gradient for a in ("mlp", "attention") if a in cut),
@@ -175,6 +184,11 @@ def _cut(source: LlamaShape, shape: LlamaShape, target: TargetConfig) -> list[st
         "layers": ("num_hidden_layers",) if target.keep_layers is None else (),
     }
     return [axis for axis, names in sizes.items() if any(getattr(shape, n) != getattr(source, n) for n in names)]
+
+
+def _cut_by_any(source: LlamaShape, target: TargetConfig, shapes: Sequence[LlamaShape]) -> set[str]:
+    """The axes that any of the shapes cuts; of none, that of ``target``."""
+    return {axis for shape in shapes or [target_shape(source, target)] for axis in _cut(source, shape, target)}
 
 
 def leaving(scores: Scores, kinds: ScoreConfig, number: int) -> Tensor:

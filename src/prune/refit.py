@@ -22,20 +22,30 @@ class LeastSquares:
     def __init__(self, inputs: int, outputs: int, device: torch.device | str) -> None:
         self._inner_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self._cross_OC = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
+        self._square = torch.zeros((), dtype=torch.float64, device=device)
+        self.left = 1.0
+        """Share of sum_t w_t |y_t|^2 that the last solution leaves: what it could not make up for."""
 
     def add(self, x_TC: Tensor, y_TO: Tensor, weight_T: Tensor | None = None) -> None:
         """Count tokens."""
         weighted_TC = x_TC if weight_T is None else x_TC * weight_T[:, None]
         self._inner_CC += weighted_TC.T @ x_TC
         self._cross_OC += y_TO.T @ weighted_TC
+        square_T = y_TO.square().sum(-1)
+        self._square += (square_T if weight_T is None else weight_T * square_T).sum()
 
     def solve(self, ridge: float) -> Tensor:
         """W [O, C] in float64; zero where no input ever was other than zero."""
-        inner_CC, cross_OC = summed(self._inner_CC), summed(self._cross_OC)
+        inner_CC, cross_OC, square = (summed(part) for part in (self._inner_CC, self._cross_OC, self._square))
         if not inner_CC.diagonal().any():
             return torch.zeros_like(cross_OC)
         factor_CC = torch.linalg.cholesky(damp(inner_CC, ridge))
-        return torch.cholesky_solve(cross_OC.T, factor_CC).T
+        solution_OC = torch.cholesky_solve(cross_OC.T, factor_CC).T
+        # As W (C + lambda I) = sum w y x^T, what is left is sum w y^2 - <W, sum w y x^T> - lambda |W|^2.
+        damping = ridge * inner_CC.diagonal().mean()
+        left = square - (solution_OC * cross_OC).sum() - damping * solution_OC.square().sum()
+        self.left = float((left / square).clamp(min=0)) if square else 1.0
+        return solution_OC
 
 
 def narrow_values(value_ED: Tensor, out_OE: Tensor, covariance_DD: Tensor, size: int) -> tuple[Tensor, Tensor]:

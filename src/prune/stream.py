@@ -7,6 +7,7 @@ Shape letters: B = rows, S = positions, T = tokens that are not padding, D = hid
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -37,6 +38,53 @@ def summed(tensor: Tensor) -> Tensor:
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def greatest(number: int) -> int:
+    """The greatest of the processes' numbers."""
+    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        return number
+    found = torch.tensor(number)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's tensors for all, each of which has tensors of the same names and sizes; on the CPU.
+
+    What every process computes from the same sums may differ in a last bit, or an eigenvector in its sign, where nodes
+    are not alike: what is cut and mended together must come from one.
+    """
+    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        return dict(tensors)
+    shared = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+    for tensor in shared.values():
+        distributed.broadcast(tensor, 0)
+    return shared
+
+
+def dealt(batches: Sequence[Batch]) -> list[tuple[bool, int, int]]:
+    """Of every batch of all processes whether it is this one's, its rows and their length, in the order of all.
+
+    Batches are dealt to the processes in turn: the first of each process, then the second of each, and so on.
+    """
+    rank, world_size = 0, 1
+    if distributed.is_initialized():
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    sizes = torch.zeros(greatest(len(batches)), world_size, 2, dtype=torch.long)
+    for turn, batch in enumerate(batches):
+        sizes[turn, rank] = torch.tensor(batch["input_ids"].shape)
+    turns = summed(sizes).tolist()
+    return [(owner == rank, *size) for turn in turns for owner, size in enumerate(turn) if size[0]]
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """A number that tells the rows of all processes from others, in whatever batches they are."""
+    total = 0
+    for batch in batches:
+        rows = torch.stack([batch[name].cpu().long() for name in sorted(batch)], 1)
+        total += sum(int.from_bytes(hashlib.sha256(row.numpy().tobytes()).digest()[:6]) for row in rows)
+    return str(int(summed(torch.tensor(total))))
 
 
 class Model(Protocol):
@@ -109,13 +157,6 @@ class Runner:
         finally:
             attention.add_module("o_proj", out)
         return heads_BSC
-
-    def mask(self, states_BSD: Tensor, positions_BS: Tensor) -> Tensor:
-        """Which positions [B, 1, S, S] a position sees: those of its document up to itself."""
-        document_BS = (positions_BS == 0).cumsum(1)
-        same = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-        length = states_BSD.shape[1]
-        return same & torch.ones(length, length, dtype=torch.bool, device=states_BSD.device).tril()
 
     def _seen(self, states_BSD: Tensor, positions_BS: Tensor) -> dict[str, Any]:
         return {
@@ -198,8 +239,10 @@ def loss_sum(
 ) -> tuple[float, int]:
     """Sum of the cross entropy over labels, and their number; logits of a slice of the vocabulary at a time.
 
-    What the head reads stays on the CPU, and is on ``device`` one batch at a time.
+    What the head reads stays on the CPU, and is on ``device`` one batch at a time. Nothing, of no batches.
     """
+    if not hidden:
+        return 0.0, 0
     dtype = hidden[0].dtype
     norm, head = final_norm(model, dtype, device), model.head()
     labels = [batch["labels"][:, 1:] for batch in batches]

@@ -5,7 +5,7 @@ Shape letters: B = rows, S = positions, T = tokens that are not padding, D and d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ class Streams:
             parameter.data = parameter.data.clone()
         return layer
 
-    def pairs(self, whole: Sequence[Tensor], cut: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def pairs(self, whole: Iterable[Tensor], cut: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number of each batch and its states in both streams, on the device."""
         for batch, (x_BSD, x_BSd) in enumerate(zip(whole, cut, strict=True)):
             yield batch, x_BSD.to(self.device), x_BSd.to(self.device)
@@ -94,18 +94,17 @@ class Streams:
         for batch, x_BSD in enumerate(self.whole):
             self.whole[batch] = self.whole_runner.layer(layer, x_BSD.to(self.device), self.positions[batch]).cpu()
 
-    def through(self, layer: LlamaDecoderLayer, cut: Sequence[Tensor]) -> list[Tensor]:
-        """What a cut layer makes of states."""
-        return [
-            self.cut_runner.layer(layer, x_BSd.to(self.device), self.positions[batch]).cpu()
-            for batch, x_BSd in enumerate(cut)
-        ]
+    def passing(self, layer: LlamaDecoderLayer, cut: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What a cut layer makes of states, on the CPU, batch by batch as they are asked for."""
+        for batch, x_BSd in enumerate(cut):
+            yield self.cut_runner.layer(layer, x_BSd.to(self.device), self.positions[batch]).cpu()
 
-    def along(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """States of the whole model along the axes that stay."""
-        return [self.basis.states(x_BSD.to(self.device, self.cut_dtype)).cpu() for x_BSD in whole]
+    def along(self, whole: Iterable[Tensor]) -> Iterator[Tensor]:
+        """States of the whole model along the axes that stay, batch by batch as they are asked for."""
+        for x_BSD in whole:
+            yield self.basis.states(x_BSD.to(self.device, self.cut_dtype)).cpu()
 
-    def error(self, cut: Sequence[Tensor]) -> float:
+    def error(self, cut: Iterable[Tensor]) -> float:
         """Sum of w_t |Q^T x_t - x'_t|^2 over that of w_t |Q^T x_t|^2, with the weights of :func:`weights`."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch, x_BSD, cut_BSd in self.pairs(self.whole, cut):

@@ -19,7 +19,7 @@ from llamita.prune import tie
 from llamita.prune.basis import scaled, take
 from llamita.prune.plan import Plan
 from llamita.prune.stream import Model
-from llamita.prune.target import Rope
+from llamita.prune.target import Rope, check_kind
 from llamita.shapes import LlamaShape
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -159,8 +159,9 @@ def pruned_config(source: LlamaConfig, plan: Plan) -> LlamaConfig:
     """The smaller model's configuration: the source's, with the sizes of the target.
 
     Raises:
-        ValueError: ``rope=published`` for a model without Llama 3's rotary scaling.
+        ValueError: the source is a reward model, or ``rope=published`` for one without Llama 3's rotary scaling.
     """
+    check_kind(source)
     fields: dict[str, Any] = source.to_dict() | plan.target.config_fields()
     fields["architectures"] = ["LlamaForCausalLM"]
     if plan.rope is Rope.published:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from transformers import LlamaConfig
+
+from llamita import checkpoints
 from llamita.shapes import SIZES, LlamaShape, SizesConfig
 
 
@@ -49,7 +52,8 @@ class TargetConfig(SizesConfig):
     keep_layers: list[int] | None = None
     """The source's layers to keep, instead of those of highest score."""
     tie: Tie | None = None
-    """Unset: ``least_squares`` where there are statistics of text, else ``mean``."""
+    """Unset: ``least_squares`` where there are statistics of text, else ``mean``. Without effect where the source has
+    one matrix already, unless the stream is rotated."""
     pairs: Pairs = Pairs.first
 
     def __post_init__(self) -> None:
@@ -64,6 +68,15 @@ class TargetConfig(SizesConfig):
                 raise ValueError(f"target.output_rows must hold each token id once, got {self.output_rows}")
         if self.keep_layers is not None and sorted(set(self.keep_layers)) != self.keep_layers:
             raise ValueError(f"target.keep_layers must rise without repeats, got {self.keep_layers}")
+
+
+def check_kind(config: LlamaConfig) -> None:
+    """Raise ``ValueError`` for a reward model: it has no output matrix to cut, and would lose what it has instead."""
+    if checkpoints.is_reward_model(config):
+        raise ValueError(
+            "model.path is a reward model, which gives one number for a dialogue: prune a language model, and train "
+            "the rewards on what comes out"
+        )
 
 
 def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:
@@ -84,6 +97,11 @@ def target_shape(source: LlamaShape, target: TargetConfig) -> LlamaShape:
     merged = {name: sizes.get(name, getattr(source, name)) for name in SIZES}
     _check_heads(source, merged)
     tied = source.tie_word_embeddings if target.tie_word_embeddings is None else target.tie_word_embeddings
+    if target.tie is not None and not tied:
+        raise ValueError(
+            f"target.tie says how two matrices become one, and needs target.tie_word_embeddings=true: got {target.tie} "
+            "for a model that has two"
+        )
     rows = None
     if target.output_rows is not None:
         if tied:

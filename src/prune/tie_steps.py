@@ -11,6 +11,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llamita import faults
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.head import Divergence, Final
 from llamita.prune.stream import Batch, layer_of
@@ -18,6 +19,7 @@ from llamita.prune.streams import Streams
 from llamita.prune.tune import Objective, tune
 
 
+@faults.phase("the steps on a tied matrix", memory="a smaller calibration.batch_rows, or compensation.tied_steps=0")
 def fit(
     streams: Streams,
     batches: Sequence[Batch],

@@ -1,4 +1,4 @@
-"""What mending a cut bought and cost: the error of each layer before it, after the closed forms, after the steps."""
+"""What mending a cut bought and cost: the error of each layer before it, its halves fitted, and after the steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,24 @@ from llamita.report.metrics import Array
 from llamita.report.palettes import Palette
 from llamita.report.stages import Stage
 
-PARTS = {"start": "as cut", "refit": "closed forms", "tuned": "and steps"}
+PARTS = {"start": "as cut", "refit": "each half fitted", "tuned": "and steps on the layer"}
+
+
+LEFT = {"readers": "readers", "attention_steps": "steps on attention", "writers": "writers"}
+"""Parts of which it is known what share of their own error they leave."""
+SECONDS = {
+    "closed_forms": "the closed forms",
+    "gains": "gains",
+    "readers": "readers",
+    "values": "values",
+    "attention_steps": "steps on attention",
+    "writers": "writers",
+    "steps": "the steps on layers",
+    "head": "those behind the last layer",
+    "tied": "those on the shared matrix",
+    "passes": "running both models through the layers",
+}
+"""``closed_forms`` is in older records alone: all that reads and writes in one, steps on attention included."""
 
 
 def errors(stage: Stage) -> Sketch | None:
@@ -54,12 +71,7 @@ def _bought(stage: Stage) -> str:
         for name, label in (("loss_before", "whole"), ("loss_cut", "cut"), ("loss_after", "mended"))
         if isinstance(summary.get(name), float)
     ]
-    parts = {
-        "closed_forms": "the closed forms",
-        "steps": "the steps on layers",
-        "head": "those behind the last layer",
-        "tied": "those on the shared matrix",
-    }
+    parts = SECONDS
     places = {"start": "as mended by layers", "head": parts["head"], "tied": parts["tied"]}
     gaps = {place: stage.metrics.values(f"prune/divergence/{name}") for name, place in places.items()}
     told = [f"{place} {values[-1]:.3f}" for place, values in gaps.items() if len(values)]
@@ -67,5 +79,8 @@ def _bought(stage: Stage) -> str:
     took = [f"{label} {sum(values):.0f} s" for label, values in seconds.items() if len(values)]
     sentences = [f"Loss on the calibration text: {', '.join(losses)}." if losses else ""]
     sentences.append(f"Divergence from the whole model behind the last layer: {', '.join(told)}." if told else "")
+    shares = {label: stage.metrics.values(f"prune/left/{name}") for name, label in LEFT.items()}
+    left = [f"{label} {sum(values) / len(values):.0%}" for label, values in shares.items() if len(values)]
+    sentences.append(f"Left of what each part fits, mean over layers: {', '.join(left)}." if left else "")
     sentences.append(f"Time: {', '.join(took)}." if took else "")
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences if sentence)

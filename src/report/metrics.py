@@ -36,6 +36,7 @@ class Metrics:
         "perf/",
         "prune/error/",
         "prune/divergence/",
+        "prune/left/",
         "prune/seconds/",
         "train/ce",
         "train/kd",

@@ -19,7 +19,7 @@ from llamita import checkpoints
 from llamita.prune import depth, importance, plan, stream
 from llamita.prune.depth import Removals
 from llamita.prune.further import Further, first_rows
-from llamita.prune.ranking import check_wanted
+from llamita.prune.ranking import ScoreConfig, check_wanted
 from llamita.prune.scores import LayerScore, Scores, WidthScore
 from llamita.prune.target import TargetConfig, target_shape
 
@@ -115,6 +115,52 @@ def test_fewer_rounds_are_the_first_of_more(weights: checkpoints.Weights) -> Non
     assert torch.equal(few[0], many[0].clamp(max=2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({}, [4, 3]),
+        ({"tokens": 24}, [5, 4, 3]),
+        ({"seed": 1}, [5, 4, 3]),
+        ({"info": {"model": "b"}}, [5, 4, 3]),
+        ({"dtype": torch.float32}, [5, 4, 3]),
+    ],
+)
+def test_rounds_of_a_killed_pass_are_taken_over_where_nothing_else_decides_them(
+    changes: dict[str, Any],
+    again: list[int],
+    weights: checkpoints.Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, rounds = depth.losses, list[int]()
+
+    def measured(
+        partial: Path | None, *, tokens: int = 48, seed: int = 0, dtype: torch.dtype = torch.float64, **more: Any
+    ) -> Scores:
+        further = Further(greedy_rounds=3, depth_tokens=tokens)
+        more = {"info": {"model": "a"}, **more}
+        return importance.measure(weights, [text(seed=seed)], dtype=dtype, further=further, partial=partial, **more)
+
+    def dying(model: stream.Model, layers: Sequence[int], *rest: Any) -> list[float]:
+        if len(layers) == LAYERS - 1:
+            raise KeyboardInterrupt
+        return losses(model, layers, *rest)
+
+    def counted(model: stream.Model, layers: Sequence[int], *rest: Any) -> list[float]:
+        rounds.append(len(layers))
+        return losses(model, layers, *rest)
+
+    monkeypatch.setattr(depth, "losses", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path / "partial.safetensors")
+    monkeypatch.setattr(depth, "losses", counted)
+    found = measured(tmp_path / "partial.safetensors", **changes)
+    assert rounds == again
+    fresh = measured(None, **changes)
+    for name in ("layers.greedy", "depth.greedy"):
+        assert torch.equal(found[name], fresh[name])
+
+
 def test_blocks_are_those_of_brute_force(double: LlamaForCausalLM, weights: checkpoints.Weights) -> None:
     table = depth.contiguous(weights, [text()], 3, EXACT)
     for number in range(1, 4):
@@ -190,8 +236,23 @@ def test_only_what_is_asked_for_is_measured(weights: checkpoints.Weights) -> Non
     }
     for found, expected in asked.items():
         assert found == expected
+    shapes = [target_shape(shape, one) for one in (two, width)]
+    both = ranked(layers=LayerScore.greedy, mlp=WidthScore.taylor_unit).further(shape, TargetConfig(), shapes)
+    assert both == Further(by_gradient=True, greedy_rounds=2)
     plain = importance.measure(weights, [text()], dtype=torch.float64, further=Further())
     assert not [name for name in plain.tensors if "taylor" in name or "greedy" in name or "contiguous" in name]
+
+
+def test_units_are_eliminated_only_on_an_axis_that_is_cut(weights: checkpoints.Weights) -> None:
+    shape, depth_only, width = weights.shape, TargetConfig(num_hidden_layers=3), TargetConfig(intermediate_size=48)
+    heads = TargetConfig(num_attention_heads=2, num_key_value_heads=2)
+    defaults, mlp = ScoreConfig(), ranked(mlp=WidthScore.leverage)
+    found = [defaults.eliminates(shape, target) for target in (depth_only, width, heads)]
+    found += [mlp.eliminates(shape, target) for target in (depth_only, width, heads)]
+    assert found == [False, True, True, False, True, False]
+    assert ranked(all=True).eliminates(shape, depth_only)
+    assert not ranked().eliminates(shape, width)
+    assert defaults.eliminates(shape, TargetConfig(), [target_shape(shape, one) for one in (depth_only, width)])
 
 
 def saved_scores(weights: checkpoints.Weights, path: Path, further: Further) -> Path:

@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 from calibration import saved, text
 from conftest import tiny_model
 from llamita import checkpoints
-from llamita.prune import head, importance, mend, plan, stream, surgery, tie_steps
-from llamita.prune.attention import Attention, divergence
+from llamita.prune import attention, head, importance, mend, plan, stream, surgery, tie_steps
+from llamita.prune import tune as tune_module
+from llamita.prune.attention import Attention, divergence, divergence_in_chunks
 from llamita.prune.compensation import CompensationConfig, Prefix
 from llamita.prune.ranking import ScoreConfig
 from llamita.prune.scores import HiddenScore, LayerScore, WidthScore
@@ -25,6 +26,7 @@ from llamita.prune.streams import Streams
 from llamita.prune.target import TargetConfig
 from llamita.prune.tune import Objective, Tuned, tune
 from pruning_methods import CLOSED, OFF
+from storages import Peak
 
 KINDS = ScoreConfig(mlp=WidthScore.norm_product, attention=WidthScore.norm_product, layers=LayerScore.block_influence)
 SMALL = TargetConfig(
@@ -50,6 +52,21 @@ def loss(model: stream.Model) -> float:
     found = stream.mean_loss(model, batches(), dtype=torch.float64)
     assert found is not None
     return found
+
+
+def test_a_narrow_pass_does_not_round_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is read is found to be what was read, a matrix stays that of the file, whatever the pass is in."""
+    weights = saved(tiny_model(), tmp_path / "source")
+    kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 2]), KINDS)
+    for module in (mend.halves, head):
+        monkeypatch.setattr(module, "reading", lambda *arguments: torch.eye(64))
+    monkeypatch.setattr(mend.halves, "measured_gain", lambda *arguments: 1.0)
+    config = dataclasses.replace(OFF, readers=True, gains=True)
+    pruned = surgery.Pruned(weights, kept)
+    result = mend.mend(pruned, batches(1), config, tmp_path / "mended", dtype=torch.bfloat16)
+    for index in range(2):
+        assert all(torch.equal(result.layer(index)[name], tensor) for name, tensor in pruned.layer(index).items())
+    assert torch.equal(result.head(), weights.head())
 
 
 def test_a_model_of_which_nothing_was_cut_stays_as_it_is(tmp_path: Path) -> None:
@@ -113,6 +130,17 @@ def test_every_part_brings_each_layer_closer_to_what_the_whole_one_wrote(tmp_pat
     mend.mend(pruned, [text(rows=8, length=40)] * 4, steps, tmp_path / "mended", dtype=torch.float64)
     for record in mend.records(tmp_path / "mended", 2)[:-1]:
         assert record["error/tuned"] < record["error/refit"] < record["error/start"]
+
+
+def test_each_part_says_what_it_took_and_what_it_leaves(tmp_path: Path) -> None:
+    pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    steps = CompensationConfig(attention_steps=30, layer_steps=2, head_steps=0, tied_steps=0)
+    mend.mend(pruned, [text(rows=8, length=40)] * 4, steps, tmp_path / "mended", dtype=torch.float64)
+    parts = {"gains", "readers", "values", "attention_steps", "writers", "steps", "passes"}
+    for record in mend.records(tmp_path / "mended", 2)[:-1]:
+        assert {name for name in record if name.startswith("seconds/")} == {f"seconds/{part}" for part in parts}
+        assert all(record[f"seconds/{part}"] >= 0 for part in parts)
+        assert all(0 < record[f"left/{part}"] < 1 for part in ("readers", "attention_steps", "writers"))
 
 
 @pytest.mark.parametrize("readers", [True, False])
@@ -242,10 +270,15 @@ class KilledError(Exception):
     """What ends a process between two layers."""
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "prefix", "layer_steps"),
+    [(1, Prefix.cut, 4), (2, Prefix.cut, 4), (1, Prefix.whole, 4), (2, Prefix.whole, 0)],
+)
+def test_a_killed_fit_goes_on_behind_its_last_layer(
+    layers: int, prefix: Prefix, layer_steps: int, tmp_path: Path
+) -> None:
     pruned = cut(tmp_path, TargetConfig(hidden_size=32, intermediate_size=48, keep_layers=[0, 2]))
-    steps = dataclasses.replace(CompensationConfig(), layer_steps=4, head_steps=4, tied_steps=4)
+    steps = CompensationConfig(prefix=prefix, layer_steps=layer_steps, head_steps=4, tied_steps=4)
     undisturbed = mended(pruned, steps, tmp_path / "undisturbed")
 
     def die(done: int) -> None:
@@ -262,6 +295,20 @@ def test_a_killed_fit_goes_on_behind_its_last_layer(layers: int, tmp_path: Path)
         for name, tensor in undisturbed.layer(index).items():
             assert torch.equal(resumed.layer(index)[name], tensor), name
     assert torch.equal(resumed.head(), undisturbed.head())
+
+
+@pytest.mark.parametrize("prefix", Prefix)
+def test_mending_holds_the_whole_stream_once_and_the_cut_one_twice(prefix: Prefix, tmp_path: Path) -> None:
+    """Every tensor of a run over many small batches: weights, and what one batch takes, are next to nothing."""
+    pruned = cut(tmp_path, SMALL, dataclasses.replace(KINDS, hidden=HiddenScore.pca))
+    many = [text(rows=8, length=40, seed=seed) for seed in range(64)]
+    steps = CompensationConfig(prefix=prefix, attention_steps=1, layer_steps=1, head_steps=1, tied_steps=1)
+    tokens = sum(batch["input_ids"].numel() for batch in many)
+    with Peak() as storages:
+        mend.mend(pruned, many, steps, tmp_path / "mended", dtype=torch.float64)
+    one = tokens * 8 * SMALL.hidden_size  # type: ignore[operator]
+    whole = tokens * 8 * 64
+    assert storages.most < whole + 3 * one
 
 
 def test_the_prefix_decides_what_a_layer_is_fitted_to_read(tmp_path: Path) -> None:
@@ -293,6 +340,86 @@ def test_divergence_counts_what_is_not_padding() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     expected = functional.kl_div(other, whole, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(divergence(whole, other, mask), (expected * mask[:, None]).sum())
+
+
+def attentions(dtype: torch.dtype) -> tuple[Attention, Attention, Tensor, dict[str, Tensor]]:
+    """Those of a layer and of one with heads of half the size, what both read, and a batch."""
+    model, batch = tiny_model().to(dtype), text()
+    normed = torch.randn(4, 24, 64, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    layer, runner = model.model.layers[0].self_attn, Runner(model.config, "cpu")
+    whole = Attention(runner, layer.q_proj.weight.detach(), layer.k_proj.weight.detach())
+    half = Runner(tiny_model(head_dim=8).config, "cpu")
+    narrow = (whole.query[:32].clone().requires_grad_(), whole.key[:16].clone().requires_grad_())
+    return whole, Attention(half, *narrow), normed, batch
+
+
+@pytest.mark.parametrize("bytes_of_a_chunk", [2**30, 2 * 6 * 8 * 4 * 2 * 24 * 24, 6 * 8 * 4 * 2 * 24 * 24, 30_000, 1])
+def test_attention_in_chunks_diverges_as_attention_whole(
+    bytes_of_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sum and gradients against one graph over all heads and positions, in float64."""
+    monkeypatch.setattr(attention, "CHUNK_BYTES", bytes_of_a_chunk)
+    whole, cut_, normed, batch = attentions(torch.float64)
+    positions, mask = batch["position_ids"], torch.arange(24) < torch.tensor([24, 20, 7, 24])[:, None]
+    found = []
+    for chunked in (False, True):
+        cut_.query.grad = cut_.key.grad = None
+        if chunked:
+            both = whole.turned(normed, positions), cut_.turned(normed, positions)
+            total = divergence_in_chunks(*both, positions, mask, learn=True)
+        else:
+            both_dense = (each.log_probabilities(normed, positions) for each in (whole, cut_))
+            total = divergence(*both_dense, mask)
+            torch.autograd.backward(total)
+        assert cut_.query.grad is not None
+        assert cut_.key.grad is not None
+        found.append((total.detach(), cut_.query.grad, cut_.key.grad))
+    for dense, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-12, atol=1e-12)
+        if bytes_of_a_chunk == 2**30:
+            assert torch.equal(mine, dense)
+
+
+@pytest.mark.parametrize("limit", [10**9, 6 * 4 * 4 * 4 * 24 * 24, 100_000, 1])
+def test_every_pair_of_positions_is_in_one_chunk_that_fits(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CHUNK_BYTES", limit)
+    seen_times = torch.zeros(2, 24)
+    pieces = list(attention.chunks(4, 2, 4, 24, 4))
+    for chunk in pieces:
+        seen_times[chunk.keys, chunk.rows] += 1
+        keys, rows = chunk.keys.stop - chunk.keys.start, chunk.rows.stop - chunk.rows.start
+        assert 6 * 4 * 4 * keys * 4 * rows * 24 <= limit or (keys, rows) == (1, 1)
+    assert torch.equal(seen_times, torch.ones(2, 24))
+    assert (len(pieces) == 1) == (limit == 10**9)
+
+
+def test_attention_of_long_rows_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every storage that comes to be while the divergence of a batch is learnt, of heads that do not fit at once."""
+    limit = 2**21
+    monkeypatch.setattr(attention, "CHUNK_BYTES", limit)
+    whole, cut_, _, _ = attentions(torch.float32)
+    positions = torch.arange(512)[None]
+    normed = torch.randn(1, 512, 64, generator=torch.Generator().manual_seed(1))
+    both = whole.turned(normed, positions), cut_.turned(normed, positions)
+    with Peak() as storages:
+        divergence_in_chunks(*both, positions, torch.ones(1, 512).bool(), learn=True)
+    turned = 4 * 512 * 4 * 16 * 4  # what is made of queries and keys: their gradients, and those of what they were
+    assert 0.7 * limit < storages.most < 1.05 * limit + turned
+
+
+@pytest.mark.parametrize("steps", ["attention_steps", "layer_steps", "head_steps", "tied_steps"])
+def test_steps_for_which_memory_is_short_name_their_setting(
+    steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = cut(tmp_path, dataclasses.replace(SMALL, tie_word_embeddings=True), tie_word_embeddings=False)
+
+    def short(*_: Any, **__: Any) -> Tuned:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB")
+
+    for module in (tune_module, head, tie_steps):
+        monkeypatch.setattr(module, "tune", short)
+    with pytest.raises(ValueError, match=rf"to need less: .*compensation\.{steps}=0"):
+        mended(pruned, dataclasses.replace(OFF, **{steps: 1}), tmp_path / "mended")
 
 
 def test_steps_that_do_not_help_where_they_did_not_look_are_taken_back() -> None:

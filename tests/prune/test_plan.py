@@ -227,6 +227,8 @@ def test_a_tied_base_untied_by_the_guard_target_has_the_same_count() -> None:
         ({"head_dim": 5}, "must be even"),
         ({"intermediate_size": 0}, r"target\.intermediate_size must be at least 1, got 0"),
         ({"output_rows": [1, 2], "tie_word_embeddings": True}, r"needs target\.tie_word_embeddings=false"),
+        ({"tie": Tie.mean}, r"target\.tie says how .* needs target\.tie_word_embeddings=true: got mean"),
+        ({"tie": Tie.head, "tie_word_embeddings": False}, r"needs target\.tie_word_embeddings=true: got head"),
         ({"output_rows": [1, 128]}, r"0\.\.127, got \[128\]"),
         ({"output_rows": [1, 1]}, "each token id once"),
         ({"output_rows": []}, "at least one token id"),
@@ -466,7 +468,6 @@ def test_what_else_needs_text_or_another_rope_is_said_before_anything_is_read() 
         check_wanted(SHAPE, shape, config, MAGNITUDES, has_text=False, rope_type=rope_type)
 
     check(TargetConfig(pairs=Pairs.strongest))
-    check(TargetConfig(tie=Tie.least_squares))
     check(TargetConfig(tie_word_embeddings=True))
     for rope_type in ("llama3", None):
         check(TargetConfig(rope=Rope.published), rope_type)

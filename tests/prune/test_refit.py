@@ -63,3 +63,15 @@ def test_values_that_nobody_reads_do_not_break_the_fit() -> None:
     out[:, 5] = 0.0
     down, up = refit.narrow_values(value, out, x.T @ x, 7)
     torch.testing.assert_close(out @ up @ down @ value @ x.T, out @ value @ x.T)
+
+
+def test_what_least_squares_leaves_is_the_squared_error_of_its_solution() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y, weight = (torch.randn(50, n, dtype=torch.float64, generator=draw) for n in (6, 4, 1))
+    weight = weight[:, 0].square()
+    squares = refit.LeastSquares(6, 4, "cpu")
+    squares.add(x[:20], y[:20], weight[:20])
+    squares.add(x[20:], y[20:], weight[20:])
+    solution = squares.solve(1e-9)
+    gap = (weight * (y - x @ solution.T).square().sum(-1)).sum() / (weight * y.square().sum(-1)).sum()
+    assert squares.left == pytest.approx(float(gap), rel=1e-6)

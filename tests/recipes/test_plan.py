@@ -95,6 +95,48 @@ def test_all_mistakes_are_collected_each_in_one_line(plan: Planner, tmp_path: Pa
     assert not any("\n" in mistake for mistake in answer["mistakes"])
 
 
+def test_a_pruning_on_a_gpu_says_what_its_host_needs_and_what_every_score_costs(
+    plan: Planner, data: Path, tmp_path: Path
+) -> None:
+    """What is counted is what the recipe would measure: nothing for layers that are named."""
+    arguments = ["recipe=prune", bare_eight(tmp_path / "8b"), "target=llama3.2_1b", f"calibration.path={data}"]
+    arguments.append(f"out={tmp_path / 'x'}")
+
+    def planned(*more: str) -> dict[str, Any]:
+        stage: dict[str, Any] = plan(*arguments, *more)["stages"][0]
+        return stage
+
+    usual = planned()
+    assert usual["host_memory_bytes"]["Python and its libraries"] > 0
+    assert "Python and its libraries" not in usual["memory_bytes"]
+    assert usual["arithmetic"]["mending, steps"] == "float32"
+    assert usual["arithmetic"]["calibration, elimination"] == "float64"
+    assert usual["hours"] > sum(usual["flops"].values()) / 2 / 989.4e12 / 0.35 / 3600
+    for setting, item in (
+        ("scores.mlp=taylor_element", "calibration, gradients"),
+        ("scores.layers=contiguous", "calibration, contiguous removal"),
+    ):
+        assert item in planned(setting)["flops"]
+        assert item not in usual["flops"]
+    greedy = "calibration, greedy removal"
+    assert planned("scores.removed_layers=28")["flops"][greedy] > usual["flops"][greedy]
+    kept = ",".join(map(str, range(16)))
+    assert greedy not in planned(f"target.keep_layers=[{kept}]")["flops"]
+    only_layers = plan(arguments[0], arguments[1], "target.num_hidden_layers=16", *arguments[3:])["stages"][0]
+    assert "calibration, elimination" not in only_layers["flops"]
+    on_host = planned("hardware=cpu")
+    assert on_host["host_memory_bytes"] == {"total": 0}
+    assert on_host["memory_bytes"]["total"] > usual["memory_bytes"]["total"]
+
+
+def test_pruning_that_does_not_fit_the_gpu_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
+    arguments = ["recipe=prune", EIGHT, "target=llama3.2_1b", "calibration.path=nowhere", f"out={tmp_path / 'x'}"]
+    arguments += ["calibration.tokens=1048576", "calibration.batch_rows=128"]
+    assert any("one process needs" in mistake for mistake in plan(*arguments)["mistakes"])
+    fewer = plan(*arguments, "calibration.batch_rows=1")["mistakes"]
+    assert not any("one process needs" in mistake for mistake in fewer)
+
+
 def test_a_target_larger_than_the_source_is_a_mistake(plan: Planner, tmp_path: Path) -> None:
     answer = plan("recipe=prune", "model.path=meta-llama/Llama-3.2-1B", "target=llama3.2_3b", f"out={tmp_path / 'x'}")
     assert "target.num_hidden_layers must be at most the source's 16, got 28" in answer["mistakes"]

@@ -28,10 +28,10 @@ from calibration import ranked
 from conftest import REPOSITORY, tiny_config, tiny_model
 from llamita import checkpoints, runs, storage
 from llamita.metrics import read_metrics
-from llamita.prune import importance, mend, plan
+from llamita.prune import depth, importance, mend, plan
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.scores import HiddenScore, LayerScore, Scores, WidthScore
-from llamita.prune.target import TargetConfig, target_shape
+from llamita.prune.target import TargetConfig, Tie, target_shape
 from llamita.shapes import PUBLISHED
 from pruning_methods import OFF
 
@@ -209,6 +209,31 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("place", ["before_done", "after_done"])
+def test_killed_at_the_end_it_mends_nothing_again(
+    place: str,
+    recipe: Callable[[str], ModuleType],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, module = tmp_path / "out", recipe("prune")
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = place
+        module.run(settings(recipe, model, data, out))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list((out / "pruning").glob("mended-*/final.safetensors"))
+    monkeypatch.setattr(mend, "_fit_layer", lambda *_, **__: pytest.fail("a layer was mended again"))
+    module.run(settings(recipe, model, data, out))
+    assert not list((out / "pruning").glob("mended-*"))
+    assert weights_of(out) == weights_of(finished)
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, finished)]
+    assert files[0] == files[1]
+
+
 def test_scores_are_measured_once_and_serve_other_targets(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +274,29 @@ def test_costly_scores_are_measured_where_asked_for_and_missed_where_not(
     assert not (tmp_path / "second").exists()
 
 
+def test_killed_between_two_removals_the_first_is_not_decided_again(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out, rounds, losses = recipe("prune"), tmp_path / "out", list[int](), depth.losses
+    kinds = {"target": TargetConfig(num_hidden_layers=1), "scores": ranked(layers=LayerScore.greedy)}
+    kinds["compensation"] = OFF
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = "after_removal"
+        module.run(settings(recipe, model, data, out, **kinds))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (out / "pruning/scores.safetensors").exists()
+    counted = lambda model, layers, *rest: rounds.append(len(layers)) or losses(model, layers, *rest)  # noqa: E731
+    monkeypatch.setattr(depth, "losses", counted)
+    module.run(settings(recipe, model, data, out, **kinds))
+    assert rounds == [2]
+    module.run(settings(recipe, model, data, tmp_path / "undisturbed", **kinds))
+    assert rounds == [2, 3, 2]
+    assert weights_of(out) == weights_of(tmp_path / "undisturbed")
+    files = [storage.read_json(path / "DONE.json")["files"].keys() for path in (out, tmp_path / "undisturbed")]
+    assert files[0] == files[1]
+
+
 def test_scores_of_another_model_are_refused(
     recipe: Callable[[str], ModuleType], finished: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +319,17 @@ def test_the_same_shape_is_the_identity(
     assert (tmp_path / "out/config.json").read_bytes() == (model / "config.json").read_bytes()
     summary = storage.read_json(tmp_path / "out/DONE.json")["summary"]
     assert summary["loss_before"] == summary["loss_after"]
+
+
+def test_a_tie_of_what_is_one_matrix_already_is_said_to_have_no_effect(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model").mkdir()
+    tied = tiny_model(vocab_size=640, pad_token_id=None, tie_word_embeddings=True)
+    checkpoints.save_model(tied, tmp_path / "model", source=None, provenance={})
+    target = TargetConfig(keep_layers=[0, 2], tie=Tie.mean)
+    recipe("prune").run(settings(recipe, tmp_path / "model", None, tmp_path / "out", target=target))
+    assert "target.tie=mean has no effect" in caplog.text
 
 
 def test_magnitudes_need_no_text(recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path) -> None:
@@ -324,6 +383,23 @@ def test_calibration_uses_as_many_tokens_as_asked(
         assert rows in (None, sum(len(batch["input_ids"]) for batch in batches))
 
 
+def test_a_batch_for_each_process_or_none_starts(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are dealt, not rows: eight rows in batches of two are enough for four processes and not for five."""
+    module, weights = recipe("prune"), checkpoints.Weights(model)
+    config = module.CalibrationConfig(path=data, tokens=512, batch_rows=2)
+    for world_size in (4, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", str(world_size - 1))
+        if world_size == 4:
+            assert [len(batch["input_ids"]) for batch in module.calibration(config, weights)[0]] == [2]
+            continue
+        said = r"tokens=512 are 8 rows, of which calibration\.batch_rows=2 makes 4 batches: too few for 5 processes"
+        with pytest.raises(ValueError, match=said):
+            module.calibration(config, weights)
+
+
 def truncate(path: Path) -> None:
     with (path / "model.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 100)
@@ -352,6 +428,14 @@ def shorten(path: Path) -> None:
     storage.write_json(path / "config.json", config | {"max_position_embeddings": 32})
 
 
+def give_rewards(path: Path) -> None:
+    tensors, config = load_file(path / "model.safetensors"), storage.read_json(path / "config.json")
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    rewards = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    storage.write_json(path / "config.json", config | rewards)
+
+
 def lose_the_weights(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
@@ -360,6 +444,7 @@ BAD: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = {
     "truncated shard": (truncate, (), "cut short"),
     "missing tensor": (lose_a_tensor, (), "model.layers.1.mlp.up_proj.weight"),
     "no weights": (lose_the_weights, (), "model.safetensors"),
+    "rewards": (give_rewards, (), "model.path is a reward model, which gives one number for a dialogue"),
     "target too large": (None, ("target=llama3.2_1b",), "target.num_hidden_layers must be at most the source's 3"),
     "heads do not divide": (None, ("target.num_attention_heads=3",), "nearest are 2 and 4"),
     "unknown key": (None, ("target.hiden_size=32",), "hiden_size"),
@@ -531,16 +616,70 @@ def test_a_kill_while_mending_costs_one_layer(
     assert weights_of(tmp_path / "undisturbed") == weights_of(tmp_path / "killed")
 
 
-def test_any_number_of_processes_gives_the_statistics_of_one(model: Path, data: Path, tmp_path: Path) -> None:
+UNLIKE = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv.pop(1)]
+import prune
+from llamita.prune import importance, mend, plan
+out, rank, fit = Path(sys.argv[-1][4:]), os.environ["RANK"], mend.mend
+vectors, gain = importance.principal_directions, plan.norm_gain
+def kept(pruned, *arguments, **options):
+    (out / f"rank-{rank}").write_text(pruned.plan.content_hash)
+    return fit(pruned, *arguments, **options)
+mend.mend = kept
+if rank == "1":
+    importance.principal_directions = lambda covariance: (-vectors(covariance)[0], vectors(covariance)[1])
+    plan.norm_gain = lambda *arguments: gain(*arguments) * (1 + 1e-15)
+prune.exit_with(prune.main)
+"""
+"""The recipe on a node whose library gives eigenvectors another sign and sums another last bit."""
+
+
+def test_processes_of_unlike_nodes_cut_and_mend_by_the_plan_of_the_first(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unlike.py").write_text(UNLIKE)
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "unlike.py")]
+    line += [str(REPOSITORY / "recipes"), *CHEAP, "scores.hidden=pca", "target.hidden_size=32", f"model.path={model}"]
+    line += [f"calibration.path={data}", "calibration.tokens=256", "calibration.device=cpu", f"out={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = plan.Plan.load(tmp_path / "out/pruning").content_hash
+    assert [(tmp_path / "out" / f"rank-{rank}").read_text() for rank in (0, 1)] == [kept, kept]
+
+
+# Fewer rows than the calibration has, of which the three processes have two, one and none; and memory in which the
+# first could compare fewer models side by side than the second.
+FURTHER = (
+    "scores.all=true",
+    "calibration.batch_rows=2",
+    "scores.depth_tokens=192",
+    f"scores.depth_gib={6 * 64 * 64 * 4 / 2**30}",
+    "scores.gradient_tokens=200",
+)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("scores.layers=block_influence",),
+        ("scores.layers=greedy", "scores.mlp=taylor_unit", "scores.attention=taylor_element", *FURTHER),
+    ],
+)
+def test_any_number_of_processes_gives_the_statistics_of_one(
+    kinds: tuple[str, ...], model: Path, data: Path, tmp_path: Path
+) -> None:
     """Each counts rows of its own; scores, plan and what is fitted in closed form come out the same."""
     line = [f"model.path={model}", f"calibration.path={data}", "calibration.tokens=1024", "calibration.dtype=float32"]
     line += [*SMALL, "compensation.attention_steps=0", "compensation.layer_steps=0", "compensation.head_steps=0"]
-    line += ["compensation.tied_steps=0"]
-    line += ["scores.layers=block_influence", "calibration.device=cpu"]
+    line += ["compensation.tied_steps=0", "calibration.device=cpu", *kinds]
     for number in (1, 2, 3):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
         command = [sys.executable, *(launcher if number > 1 else []), str(REPOSITORY / "recipes/prune.py"), *line]
-        done = subprocess.run([*command, f"out={tmp_path / str(number)}"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, f"out={tmp_path / str(number)}"], capture_output=True, text=True, check=False, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     alone = load_file(tmp_path / "1/pruning/scores.safetensors")
     kept, weights = load_file(tmp_path / "1/pruning/plan.safetensors"), load_file(tmp_path / "1/model.safetensors")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 import invented
 import pruning_methods
@@ -163,6 +166,30 @@ def test_killed_anywhere_it_goes_on_without_doing_anything_twice(
         assert len(named) == len(set(named)) == number
 
 
+@pytest.mark.parametrize("renamed", [1, 2, 4])
+def test_a_student_of_which_some_files_have_their_names_is_published_anew(
+    renamed: int, recipe: Callable[[str], ModuleType], model: Path, tmp_path: Path
+) -> None:
+    recipe("search")
+    weights, kinds = checkpoints.Weights(model), ScoreConfig()
+    write, out = sys.modules["_search"].write, tmp_path / "student"
+
+    def publish() -> None:
+        kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 1]), kinds)
+        write(contextlib.nullcontext(surgery.Pruned(weights, kept)), out, model, {})
+
+    if (child := os.fork()) == 0:
+        os.environ["LLAMITA_CRASH_AT"] = f"mid_rename:{renamed}"
+        publish()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    publish()
+    assert checkpoints.Weights(out).shape.num_hidden_layers == 2
+    made = (out / "config.json").stat().st_mtime_ns
+    publish()
+    assert (out / "config.json").stat().st_mtime_ns == made
+
+
 def test_a_stop_is_obeyed_between_candidates_and_ends_with_75(
     recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +228,29 @@ def test_latency_is_measured_where_it_is_a_budget(
     assert all(0 < candidate.costs["latency_ms"] < 10_000 for candidate in search.load(tmp_path / "out"))
 
 
+def test_sizes_that_only_fit_each_other_are_searched(
+    recipe: Callable[[str], ModuleType], data: Path, tmp_path: Path
+) -> None:
+    """Six heads do not divide the source's hidden size of 64, but both smaller ones: nothing else is ever asked for."""
+    (tmp_path / "model").mkdir()
+    checkpoints.copy_tokenizer(data / "tokenizer", tmp_path / "model")
+    llama = tiny_model(vocab_size=640, pad_token_id=None, num_attention_heads=8, num_hidden_layers=4)
+    checkpoints.save_model(llama, tmp_path / "model", source=None, provenance={})
+    module, main = recipe("search"), sys.modules["_main"]
+    words = [f"model.path={tmp_path / 'model'}", f"calibration.path={data}", *LINE[:3], *CLOSED]
+    words += ["budget.slack=0.9", "axes.num_attention_heads.values=[6]", "axes.num_key_value_heads.values=[2]"]
+    words += ["axes.hidden_size.values=[48,60]", "axes.num_hidden_layers.values=[2,3]", "distill.best=0"]
+    words += ["axes.head_dim.values=[16]", "axes.intermediate_size.values=[96]", "budget.kv_bytes_per_token=400"]
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        config = main.settings(compose("search", [*words, f"out={tmp_path / 'out'}"]), module.Search)
+    module.run(config)
+    scores = Scores.load(tmp_path / "out")
+    assert len(scores["depth.greedy"]) == 2
+    assert {"heads.obs", "groups.obs"} <= scores.tensors.keys()
+    found = search.load(tmp_path / "out")
+    assert {candidate.shape.num_attention_heads for candidate in found} == {6}
+
+
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no budget": (("budget.parameters=null",), "set at least one of budget.parameters"),
     "no such budget": (("budget.parameters=-1",), "budget.parameters must be > 0 and finite, got -1"),
@@ -224,6 +274,24 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown key": (("budget.paramters=1",), "paramters"),
     "no such model": (("model.path=/nowhere",), "/nowhere"),
 }
+
+
+def test_a_reward_model_is_refused(
+    recipe: Callable[[str], ModuleType], model: Path, data: Path, tmp_path: Path
+) -> None:
+    module, main, path = recipe("search"), sys.modules["_main"], tmp_path / "rewards"
+    shutil.copytree(model, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    rewards = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    storage.write_json(path / "config.json", storage.read_json(path / "config.json") | rewards)
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        words = [f"model.path={path}", f"calibration.path={data}", *LINE, f"out={tmp_path / 'out'}"]
+        config = main.settings(compose("search", words), module.Search)
+    with pytest.raises(ValueError, match=r"model\.path is a reward model, which gives one number for a dialogue"):
+        module.run(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mistake", BAD)
