@@ -20,7 +20,7 @@ from _calibrate import CalibrationConfig, calibration
 from _compose import composed, load
 from _local import Job, LocalConfig, run_jobs
 from llamita import checkpoints, checks, faults, runs, stops, storage
-from llamita.prune import mend, search, stream, surgery
+from llamita.prune import mend, predict, search, stream, surgery
 from llamita.prune.compensation import CompensationConfig
 from llamita.prune.search import BudgetConfig, Candidate
 from llamita.prune.target import TargetConfig
@@ -230,3 +230,11 @@ def smallest(source: LlamaShape, found: Sequence[LlamaShape]) -> list[LlamaShape
     """For each size that any of the shapes cuts the first that has least of it: scores that serve these serve all."""
     least = [(name, min(found, key=lambda shape: getattr(shape, name))) for name in SIZES]
     return list(dict.fromkeys(shape for name, shape in least if getattr(shape, name) < getattr(source, name)))
+
+
+def served(
+    source: LlamaShape, axes: search.AxesConfig, target: TargetConfig, found: Sequence[LlamaShape]
+) -> list[LlamaShape]:
+    """Of all shapes that are cut, to be compared or to predict, those that need most of the scores."""
+    alone = predict.alone(source, search.sizes(source, axes, target), target)
+    return smallest(source, [*found, *alone.values()])

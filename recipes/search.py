@@ -74,7 +74,7 @@ class Laboratory:
         self.how: dict[str, Any] = how(config.calibration, weights)
         self.rows, parents = calibration(config.calibration, weights)
         parents["model"] = (config.model.path, checkpoints.content_hash(config.model.path))
-        needs = served(config, weights.shape, found)
+        needs = _search.served(weights.shape, config.axes, config.target, found)
         self.scores = score(config.scores, config.target, config.calibration, weights, self.rows, parents, run, needs)
         self.lineage = {name: {"path": path, "sha256": digest} for name, (path, digest) in parents.items()}
         self.held_out = _search.held_out(config.held_out, config.calibration, weights)
@@ -108,7 +108,7 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     source, rope = weights.shape, checkpoints.rope_type(weights.config)
     found = search.within(source, search.shapes(source, config.axes, config.target), config.budget)
     text = config.scores.have_text(calibrated=True)
-    for shape in served(config, source, found):
+    for shape in _search.served(source, config.axes, config.target, found):
         check_wanted(source, shape, config.target, config.scores, has_text=text, rope_type=rope)
     calibration(config.calibration, weights)
     if not _search.held_out(config.held_out, config.calibration, weights):
@@ -116,12 +116,6 @@ def fitting(config: Search, weights: checkpoints.Weights) -> list[LlamaShape]:
     assert config.calibration.path is not None
     _search.check(config.distill, config.model.path, config.calibration.path, config.out)
     return found
-
-
-def served(config: Search, source: LlamaShape, found: list[LlamaShape]) -> list[LlamaShape]:
-    """Of all shapes that are cut, to be compared or to predict, those that need most of the scores."""
-    alone = predict.alone(source, search.sizes(source, config.axes, config.target), config.target)
-    return _search.smallest(source, [*found, *alone.values()])
 
 
 def chosen(lab: Laboratory, found: list[LlamaShape], whole: float) -> list[search.Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import hypothesis
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,6 +26,14 @@ torch.set_num_threads(1)
 # A law is not a stop-watch: the first example of a test pays for imports, and machines are shared.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def no_precision_of_another_test() -> Iterator[None]:
+    """accelerate keeps the first precision of a process, which the next test of the same worker may not want."""
+    yield
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
+        AcceleratorState._reset_state()
 
 
 def tiny_config(**overrides: Any) -> LlamaConfig:

@@ -59,7 +59,7 @@ def test_a_narrow_pass_does_not_round_what_is_written(tmp_path: Path, monkeypatc
     weights = saved(tiny_model(), tmp_path / "source")
     kept = plan.make(None, weights.shape, TargetConfig(keep_layers=[0, 2]), KINDS)
     for module in (mend.halves, head):
-        monkeypatch.setattr(module, "reading", lambda *arguments: torch.eye(64))
+        monkeypatch.setattr(module, "reading", lambda *arguments: (torch.eye(64), 1.0))
     monkeypatch.setattr(mend.halves, "measured_gain", lambda *arguments: 1.0)
     config = dataclasses.replace(OFF, readers=True, gains=True)
     pruned = surgery.Pruned(weights, kept)

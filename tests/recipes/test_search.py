@@ -145,7 +145,11 @@ def times(out: Path) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "measured", "distilled"),
-    [("after_choice:1", 0, 0), ("after_candidate:2", 2, 0), ("after_candidate:5", 4, 1)],
+    [
+        ("after_candidate:5", 4, 1),
+        pytest.param("after_choice:1", 0, 0, marks=pytest.mark.long),
+        pytest.param("after_candidate:2", 2, 0, marks=pytest.mark.long),
+    ],
 )
 def test_killed_anywhere_it_goes_on_without_doing_anything_twice(
     place: str, measured: int, distilled: int, finished: Path, model: Path, data: Path, tmp_path: Path
